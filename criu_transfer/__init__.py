@@ -1,0 +1,1 @@
+"""One process tree from one machine to another: tracking, copying, storing and restoring its memory."""

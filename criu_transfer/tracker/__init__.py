@@ -1,0 +1,1 @@
+"""Write trackers: which pages a process wrote since they were last copied."""

@@ -1,0 +1,1 @@
+"""Neighbours: one file per system that SpotGuard talks to."""

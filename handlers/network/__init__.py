@@ -1,0 +1,1 @@
+"""The network of a pod: holding and playing frames, addresses, routes."""

@@ -1,0 +1,1 @@
+"""SpotGuard: moves running containers off interrupted Spot nodes."""

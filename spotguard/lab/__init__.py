@@ -1,0 +1,1 @@
+"""The lab: two nodes on one machine, an interruption, clients with ledgers, a report."""
