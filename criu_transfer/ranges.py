@@ -71,7 +71,7 @@ class RangeSet:
     def copy(self) -> "RangeSet":
         """Return an independent copy."""
         other = RangeSet()
-        other._starts, other._ends = self._starts[:], self._ends[:]  # noqa: SLF001 - same class
+        other._starts, other._ends = self._starts[:], self._ends[:]
         return other
 
     def __contains__(self, address: int) -> bool:

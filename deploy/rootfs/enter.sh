@@ -39,5 +39,5 @@ exec unshare --mount --pid --net --uts --ipc --fork --kill-child --propagation p
   cd /src
   exec env -i PATH=/opt/spotguard/venv/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LANG=C.UTF-8 TERM="${TERM:-dumb}" \
     ${CI:+CI="$CI"} ${SPOTGUARD_LAB_ARGS:+SPOTGUARD_LAB_ARGS="$SPOTGUARD_LAB_ARGS"} \
-    PYTHONPATH=/src PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 tini -s -g -- "$@"
+    PYTHONPATH=/src RUFF_CACHE_DIR=/tmp/ruff MYPY_CACHE_DIR=/tmp/mypy HYPOTHESIS_STORAGE_DIRECTORY=/tmp/hypothesis PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 tini -s -g -- "$@"
 ' "$root" "$@"

@@ -1,5 +1,7 @@
 """RangeSet against a plain set of integers."""
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,7 +24,7 @@ def test_behaves_like_a_set_of_integers(steps: list[tuple[bool, tuple[int, int]]
             model.difference_update(range(start, end))
     spans = list(subject)
     assert [i for a, b in spans for i in range(a, b)] == sorted(model)
-    assert all(b < c for (_, b), (c, _) in zip(spans, spans[1:], strict=False)), "adjacent ranges are joined"
+    assert all(b < c for (_, b), (c, _) in itertools.pairwise(spans)), "adjacent ranges are joined"
     assert subject.total == len(model)
     inside = [i for a, b in subject.overlap(*probe) for i in range(a, b)]
     outside = [i for a, b in subject.missing(*probe) for i in range(a, b)]
