@@ -55,7 +55,7 @@ build_base() {
     apt-get -o Acquire::Check-Valid-Until=false update -qq
     apt-get install -y -qq --no-install-recommends -t sid "$@"
     apt-get clean; rm -rf /var/lib/apt/lists/*' sh $newer >>"$base.log" 2>&1 || die "apt failed, see $base.log"
-  mkdir -p "$tmp/src" "$tmp/oldroot"
+  mkdir -p "$tmp/src" "$tmp/oldroot" "$tmp/etc/spotguard" "$tmp/var/lib/spotguard"
   mv "$tmp" "$base"
 }
 

@@ -1,0 +1,120 @@
+"""Dumps a container with runc and CRIU: everything but the memory that a tracker holds, or all of it."""
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from criu_transfer.errors import DeadlinePassed, DumpFailed
+
+# Cached answers of CRIU about this kernel. Made without the preload library, they would say "no dirty tracking".
+KERNEL_CACHE = Path("/run/criu.kdat")
+LIBRARY = "criu_preload.so"
+OPTIONS = (
+    "--tcp-established",
+    # Connections that nobody has accepted yet are dropped: the caller made sure that none of them holds data.
+    "--tcp-skip-in-flight",
+    "--file-locks",
+    "--ext-unix-sk",
+    # The container's cgroup is made by runc on the target; letting CRIU walk the hierarchy costs 10 ms of freeze.
+    "--manage-cgroups-mode",
+    "ignore",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """Where runc keeps its state, and a directory whose `criu` runs CRIU under the preload library."""
+
+    runc_root: Path
+    criu_dir: Path
+
+    def environment(self) -> dict[str, str]:
+        """Give the environment in which runc finds our `criu` first."""
+        return {**os.environ, "PATH": f"{self.criu_dir}:{os.environ.get('PATH', '/usr/sbin:/usr/bin:/sbin:/bin')}"}
+
+    def runc(self, *arguments: str) -> list[str]:
+        """Give the command line of a runc call."""
+        return ["runc", "--root", str(self.runc_root), *arguments]
+
+
+def build_library(directory: Path) -> Path:
+    """Compile the preload library into `directory` unless it is there; raises DumpFailed with the compiler's words."""
+    target = directory / LIBRARY
+    if target.exists():
+        return target
+    source = Path(__file__).parent / "native" / "criu_preload.c"
+    partial = target.with_suffix(".partial")
+    done = subprocess.run(
+        ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(partial), str(source), "-ldl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise DumpFailed(f"cannot compile {source.name}: {done.stderr.strip()}")
+    partial.rename(target)
+    return target
+
+
+def prepare_tools(directory: Path, runc_root: Path, library: Path, deadline: float) -> Tools:
+    """Write the `criu` wrapper into `directory` and let CRIU learn this kernel under it.
+
+    Called once at the agent's start. Raises DumpFailed when CRIU does not work on this kernel.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    wrapper = directory / "criu"
+    criu = next(p for p in (Path("/usr/sbin/criu"), Path("/usr/local/sbin/criu"), Path("/usr/bin/criu")) if p.exists())
+    wrapper.write_text(f'#!/bin/sh\nLD_PRELOAD={library} exec {criu} "$@"\n')
+    wrapper.chmod(0o755)
+    KERNEL_CACHE.unlink(missing_ok=True)
+    run([str(wrapper), "check"], Tools(runc_root, directory), deadline, DumpFailed, "criu check")
+    return Tools(runc_root, directory)
+
+
+def run(command: list[str], tools: Tools, deadline: float, error: type[Exception], what: str) -> str:
+    """Run a command to its end and give its output.
+
+    Raises `error` with the command's last words, DeadlinePassed when it was killed at the deadline.
+    """
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlinePassed(f"no time left for {what}")
+    # Files, not pipes: a restored container inherits them, and a pipe would wait for its last holder.
+    with open(os.memfd_create("output"), "w+b") as output:  # noqa: PTH123 - a descriptor, not a path
+        try:
+            code = subprocess.call(
+                command, env=tools.environment(), stdin=subprocess.DEVNULL, stdout=output, stderr=output, timeout=left
+            )
+        except subprocess.TimeoutExpired as late:
+            raise DeadlinePassed(f"{what} was stopped at the deadline") from late
+        output.seek(0)
+        text = output.read().decode(errors="replace")
+    if code:
+        raise error(f"{what} failed ({code}): {text.strip()[-500:]}")
+    return text
+
+
+def last_errors(log: Path, lines: int = 5) -> str:
+    """Give the last error lines of a CRIU log, for a message; empty when there is no log."""
+    if not log.exists():
+        return ""
+    errors = [line for line in log.read_text(errors="replace").splitlines() if "Error" in line]
+    return " | ".join(errors[-lines:])
+
+
+def dump(container: str, image_dir: Path, *, parent: str | None, tools: Tools, deadline: float) -> None:
+    """Dump a frozen container into `image_dir` and leave it frozen.
+
+    `parent`: path of the synthetic parent image, relative to `image_dir` (runc wants it so), or None to dump all
+    memory. Raises DumpFailed, DeadlinePassed. After a failure the processes must be checked before they are thawed:
+    CRIU may have died with its parasite inside.
+    """
+    command = tools.runc("checkpoint", "--leave-running", "--image-path", str(image_dir), "--work-path", str(image_dir))
+    if parent is not None:
+        command += ["--parent-path", parent]
+    try:
+        run([*command, *OPTIONS, container], tools, deadline, DumpFailed, "runc checkpoint")
+    except DumpFailed as failed:
+        raise DumpFailed(f"{failed}; CRIU: {last_errors(image_dir / 'dump.log')}") from failed

@@ -1,0 +1,214 @@
+"""Makes the OCI bundle of a pod that no kubelet manages: its root file system, volumes and runc configuration.
+
+Layout below the pod's directory, which must be RAM-backed where memory images may reach it:
+    config.json   what runc runs (OCI runtime specification 1.2)
+    upper, work   the container's writable layer (overlayfs), over the node image
+    rootfs        the two together
+    volumes/NAME  emptyDir-like volumes
+    criu.conf     CRIU's settings for this container, read through the annotation org.criu.config
+"""
+
+import json
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from handlers.errors import GiveUp
+
+CAPABILITIES = [
+    f"CAP_{name}"
+    for name in (
+        "CHOWN DAC_OVERRIDE FSETID FOWNER MKNOD NET_RAW SETGID SETUID SETFCAP SETPCAP NET_BIND_SERVICE SYS_CHROOT KILL "
+        "AUDIT_WRITE"
+    ).split()
+]
+# As container runtimes' default profiles do. CRIU cannot dump io_uring; with these refused, programs fall back to epoll.
+REFUSED_CALLS = ["io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"]
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeMount:
+    """An emptyDir-like volume: a directory of the pod that lives and moves with it."""
+
+    name: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class PodManifest:
+    """What a pod is made of, sent to the target so that it can make the same.
+
+    `address`: IPv4 address without prefix. `command`: argument list. `files`: path inside a volume ("volume/path")
+    to text, written before the first start. `tmpfs`: mount points of memory file systems, moved by CRIU.
+    `memory_bytes`: what the pod may use, for the target's limits.
+    """
+
+    name: str
+    address: str
+    command: tuple[str, ...]
+    env: Mapping[str, str] = field(default_factory=dict)
+    uid: int = 0
+    gid: int = 0
+    volumes: tuple[VolumeMount, ...] = ()
+    tmpfs: tuple[str, ...] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    memory_bytes: int = 1 << 30
+
+    def to_json(self) -> dict[str, Any]:
+        """Give the manifest as plain JSON types."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Read a manifest that a peer sent; raises GiveUp naming what is wrong."""
+        try:
+            manifest = cls(
+                name=str(data["name"]),
+                address=str(data["address"]),
+                command=tuple(str(word) for word in data["command"]),
+                env={str(k): str(v) for k, v in data.get("env", {}).items()},
+                uid=int(data.get("uid", 0)),
+                gid=int(data.get("gid", 0)),
+                volumes=tuple(VolumeMount(str(v["name"]), str(v["path"])) for v in data.get("volumes", ())),
+                tmpfs=tuple(str(path) for path in data.get("tmpfs", ())),
+                files={str(k): str(v) for k, v in data.get("files", {}).items()},
+                memory_bytes=int(data.get("memory_bytes", 1 << 30)),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as wrong:
+            raise GiveUp(f"pod manifest: {type(wrong).__name__}: {wrong}") from wrong
+        for name in (manifest.name, *(volume.name for volume in manifest.volumes)):
+            if not name.replace("-", "").isalnum() or len(name) > 63:
+                raise GiveUp(f"pod manifest: '{name}' is no name (letters, digits and '-', 63 at most)")
+        return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A pod's directory and the paths in it."""
+
+    directory: Path
+
+    @property
+    def upper(self) -> Path:
+        """The writable layer."""
+        return self.directory / "upper"
+
+    @property
+    def rootfs(self) -> Path:
+        """The mounted root file system."""
+        return self.directory / "rootfs"
+
+    def volume(self, name: str) -> Path:
+        """The directory of a volume."""
+        return self.directory / "volumes" / name
+
+    def trees(self, manifest: PodManifest) -> dict[str, Path]:
+        """Give every directory whose files belong to the pod's state, by a name that both sides share."""
+        return {"upper": self.upper} | {f"volume-{v.name}": self.volume(v.name) for v in manifest.volumes}
+
+    def config(self) -> dict[str, Any]:
+        """Read back the OCI configuration."""
+        config: dict[str, Any] = json.loads((self.directory / "config.json").read_text())
+        return config
+
+    def manifest(self) -> PodManifest:
+        """Read back the manifest that the bundle was made from."""
+        return PodManifest.from_json(json.loads((self.directory / "manifest.json").read_text()))
+
+
+def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: str, image_layer: bool) -> dict[str, Any]:
+    """Give the OCI configuration; `cgroup` is the path below the cgroup mount."""
+    mounts: list[dict[str, Any]] = [
+        {"destination": "/proc", "type": "proc", "source": "proc"},
+        {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
+        {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]},
+        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "nodev", "mode=1777"]},
+        {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
+    ]
+    mounts += [
+        {"destination": p, "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]} for p in manifest.tmpfs
+    ]
+    mounts += [
+        {"destination": v.path, "type": "bind", "source": str(bundle.volume(v.name)), "options": ["bind", "rw"]}
+        for v in manifest.volumes
+    ]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **manifest.env}
+    sets = ("bounding", "effective", "permitted") if manifest.uid == 0 else ("bounding",)
+    return {
+        "ociVersion": "1.2.0",
+        "process": {
+            "terminal": False,
+            "user": {"uid": manifest.uid, "gid": manifest.gid},
+            "args": list(manifest.command),
+            "env": [f"{k}={v}" for k, v in env.items()],
+            "cwd": "/",
+            "capabilities": {name: CAPABILITIES for name in sets},
+            "noNewPrivileges": True,
+        },
+        "root": {"path": str(bundle.rootfs), "readonly": not image_layer},
+        "hostname": manifest.name,
+        "mounts": mounts,
+        "annotations": {"org.criu.config": str(bundle.directory / "criu.conf")},
+        "linux": {
+            "cgroupsPath": cgroup,
+            "namespaces": [
+                {"type": "pid"},
+                {"type": "ipc"},
+                {"type": "uts"},
+                {"type": "mount"},
+                {"type": "network", "path": str(netns)},
+            ],
+            "maskedPaths": ["/proc/kcore", "/proc/keys", "/proc/timer_list"],
+            "readonlyPaths": ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sysrq-trigger"],
+            "seccomp": {
+                "defaultAction": "SCMP_ACT_ALLOW",
+                "syscalls": [{"names": REFUSED_CALLS, "action": "SCMP_ACT_ERRNO", "errnoRet": 1}],
+            },
+        },
+    }
+
+
+def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, cgroup: str) -> Bundle:
+    """Make the bundle of a pod over the root file system `image`; its volumes are empty but for `files`.
+
+    Raises GiveUp when the overlay cannot be mounted. Undone by `destroy`.
+    """
+    bundle = Bundle(directory)
+    for path in (bundle.upper, directory / "work", bundle.rootfs):
+        path.mkdir(parents=True, exist_ok=True)
+    for volume in manifest.volumes:
+        bundle.volume(volume.name).mkdir(parents=True, exist_ok=True)
+    layers = f"lowerdir={image},upperdir={bundle.upper},workdir={directory / 'work'}"
+    done = subprocess.run(
+        ["mount", "-t", "overlay", "-o", layers, "overlay", str(bundle.rootfs)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise GiveUp(f"cannot mount the root file system of {manifest.name}: {done.stderr.strip()}")
+    (directory / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return bundle
+
+
+def write_files(manifest: PodManifest, bundle: Bundle) -> None:
+    """Write the manifest's files; for a first start only, a moved pod brings its own."""
+    for name, text in manifest.files.items():
+        path = bundle.directory / "volumes" / name
+        if not path.resolve().is_relative_to(bundle.directory / "volumes"):
+            raise GiveUp(f"pod manifest: file '{name}' lies outside the volumes")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def destroy(directory: Path) -> None:
+    """Unmount and delete a bundle; what is already gone is no error."""
+    bundle = Bundle(directory)
+    if bundle.rootfs.is_mount():
+        subprocess.run(["umount", "--lazy", str(bundle.rootfs)], check=True)
+    if directory.exists():
+        subprocess.run(["rm", "-rf", "--one-file-system", str(directory)], check=True)
