@@ -60,3 +60,13 @@ class JournalDamaged(SpotGuardError):  # noqa: N818 - named after the finding
     """A journal has an unreadable line before its end: guessing who owns what is worse than not starting."""
 
     exit_code = ExitCode.FAILED
+
+
+class JournalError(SpotGuardError):
+    """The journal of migrations cannot be read or written: nothing dangerous is begun without it."""
+
+    exit_code = ExitCode.CANNOT_CREATE
+
+
+class LabError(SpotGuardError):
+    """The drill's own set-up failed: no word about SpotGuard."""

@@ -111,6 +111,22 @@ class TransferSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuntimeSettings:
+    """The containers of this node."""
+
+    runc_root: Path = setting(kinds.PATH, "runc's state directory.", default=Path("/run/runc"))
+    pods_dir: Path = setting(
+        kinds.PATH, "Bundles, writable layers and volumes of the pods.", default=Path("/var/lib/spotguard/pods")
+    )
+    image: Path = setting(kinds.PATH, "Root file system below every pod's writable layer.", default=Path("/"))
+    cgroup: Path = setting(
+        kinds.PATH,
+        "cgroup v2 directory of this node; pods and helpers get theirs below it.",
+        default=Path("/sys/fs/cgroup/spotguard"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NetworkSettings:
     """How a moved pod keeps its address."""
 
@@ -151,6 +167,7 @@ class AgentSettings:
     control: ControlSettings = ControlSettings()
     imds: ImdsSettings = ImdsSettings()
     transfer: TransferSettings = TransferSettings()
+    runtime: RuntimeSettings = RuntimeSettings()
     network: NetworkSettings = NetworkSettings()
     metrics: MetricsSettings = MetricsSettings()
     log: LogSettings = LogSettings()
