@@ -1,0 +1,42 @@
+"""Starts a client: `python -m spotguard.lab.clients NAME --address IP --port P --ledger FILE ...`."""
+
+import argparse
+import asyncio
+import sys
+import time
+from pathlib import Path
+
+from spotguard.lab.clients.redis import RedisSession
+from spotguard.lab.clients.run import Options, run_keyed
+
+
+def main() -> int:
+    """Parse the arguments and run; the exit code is 0 if every promise was kept, 1 if not."""
+    parser = argparse.ArgumentParser(prog="spotguard.lab.clients", description=__doc__)
+    parser.add_argument("name", choices=["redis"])
+    parser.add_argument("--address", required=True, help="the server's IP address")
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--ledger", type=Path, required=True, help="file for the acknowledged writes")
+    parser.add_argument("--connections", type=int, default=4)
+    parser.add_argument("--rate", type=float, default=5.0, help="MB/s to overwrite, 10^6 bytes each")
+    parser.add_argument("--size", type=float, default=64.0, help="MiB of values to fill in")
+    parser.add_argument("--seed", type=int, default=1, help="from which the values are derived")
+    parser.add_argument("--connect-within", type=float, default=30.0, metavar="SECONDS", help="for the server to start")
+    arguments = parser.parse_args()
+    options = Options(
+        address=arguments.address, port=arguments.port, ledger=arguments.ledger, connections=arguments.connections,
+        rate=arguments.rate, size=arguments.size, seed=arguments.seed,
+        deadline=time.monotonic() + arguments.connect_within,
+    )  # fmt: skip
+    return 0 if asyncio.run(_run(arguments.name, options)) else 1
+
+
+async def _run(name: str, options: Options) -> bool:
+    match name:
+        case "redis":
+            return await run_keyed(options, RedisSession)
+    raise ValueError(f"no client named {name!r}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
