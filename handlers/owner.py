@@ -24,6 +24,8 @@ from typing import Any, Literal, Protocol, Self, cast, get_args
 import aiohttp
 import tenacity
 
+from handlers.errors import Ambiguous, GiveUp, HandlerError, Retry
+
 Owner = Literal["source", "target", "reclaimed"]
 NewOwner = Literal["target", "reclaimed"]
 
@@ -31,23 +33,23 @@ MAX_BODY = 16 << 10  # bytes; a record has a few hundred
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}\Z")
 
 
-class OwnerError(Exception):
+class OwnerError(HandlerError):
     """Base of what an owner store answers instead of a record."""
 
 
-class NotFound(OwnerError):  # noqa: N818 - named after the answer
+class NotFound(OwnerError, GiveUp):  # noqa: N818 - named after the answer
     """There is no such record. Nothing was changed."""
 
 
-class Refused(OwnerError):  # noqa: N818 - named after the answer
+class Refused(OwnerError, GiveUp):  # noqa: N818 - named after the answer
     """The store will never do this for this caller. Nothing was changed; trying again is useless."""
 
 
-class StoreUnreachable(OwnerError):  # noqa: N818 - named after the answer
+class StoreUnreachable(OwnerError, Retry):  # noqa: N818 - named after the answer
     """The request never left this machine, or it only wanted to read. Nothing was changed; try again."""
 
 
-class OwnerUnknown(OwnerError):  # noqa: N818 - named after the answer
+class OwnerUnknown(OwnerError, Ambiguous):  # noqa: N818 - named after the answer
     """The request may have taken effect, now or later: stay frozen and read."""
 
 
