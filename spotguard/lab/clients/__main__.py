@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from spotguard.lab.clients.java import JavaSession
 from spotguard.lab.clients.redis import RedisSession
 from spotguard.lab.clients.run import Options, run_keyed
 
@@ -13,7 +14,7 @@ from spotguard.lab.clients.run import Options, run_keyed
 def main() -> int:
     """Parse the arguments and run; the exit code is 0 if every promise was kept, 1 if not."""
     parser = argparse.ArgumentParser(prog="spotguard.lab.clients", description=__doc__)
-    parser.add_argument("name", choices=["redis"])
+    parser.add_argument("name", choices=["redis", "postgres", "java"])
     parser.add_argument("--address", required=True, help="the server's IP address")
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--ledger", type=Path, required=True, help="file for the acknowledged writes")
@@ -35,6 +36,8 @@ async def _run(name: str, options: Options) -> bool:
     match name:
         case "redis":
             return await run_keyed(options, RedisSession)
+        case "java":
+            return await run_keyed(options, JavaSession)
     raise ValueError(f"no client named {name!r}")
 
 
