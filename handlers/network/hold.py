@@ -146,6 +146,10 @@ class Hold:
         self._released = True
         return Released(went_in, went_out, self.dropped)
 
+    def play(self, late: Sequence[bytes]) -> int:
+        """Give the pod, after the release, frames that came to its old node; return how many were played."""
+        return self._play_in(late)
+
     def close(self) -> None:
         """Close the sockets. The rules stay, unless `release` has removed them."""
         self._resources.close()
