@@ -7,8 +7,10 @@ import time
 from pathlib import Path
 
 from spotguard.lab.clients.java import JavaSession
+from spotguard.lab.clients.options import Options
+from spotguard.lab.clients.postgres import run_postgres
 from spotguard.lab.clients.redis import RedisSession
-from spotguard.lab.clients.run import Options, run_keyed
+from spotguard.lab.clients.run import run_keyed
 
 
 def main() -> int:
@@ -38,6 +40,8 @@ async def _run(name: str, options: Options) -> bool:
             return await run_keyed(options, RedisSession)
         case "java":
             return await run_keyed(options, JavaSession)
+        case "postgres":
+            return await run_postgres(options)
     raise ValueError(f"no client named {name!r}")
 
 

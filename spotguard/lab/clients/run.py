@@ -4,32 +4,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 from spotguard.lab.clients.connection import Connection
 from spotguard.lab.clients.control import Orders, emit
 from spotguard.lab.clients.keyed import KeyedLoad, Lane, Session
+from spotguard.lab.clients.options import Options
 from spotguard.lab.clients.result import Result, TcpSummary, ms
 from spotguard.lab.ledger import Verdict
 
 SAMPLE_SECONDS = 0.1
 TELL_EVERY = 5  # samples
 CHECK_CONNECT_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the drill asks of a client: `rate` in MB/s (10^6 bytes), `size` in MiB, `deadline` for connecting."""
-
-    address: str
-    port: int
-    ledger: Path
-    connections: int
-    rate: float
-    size: float
-    seed: int
-    deadline: float
 
 
 async def run_keyed(options: Options, session: Callable[[Connection], Session]) -> bool:
