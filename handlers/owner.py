@@ -228,7 +228,7 @@ class HttpOwnerStore:
                     record = _change(line)
                     if record is not None:
                         yield record
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             raise StoreUnreachable(f"watching the owner store broke off: {_words(error)}") from error
         raise StoreUnreachable("the owner store ended the watch")
 
@@ -254,7 +254,7 @@ class HttpOwnerStore:
             ):
                 status, raw = answer.status, await _limited(answer)
             return _answer(status, raw)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
             # Before there was a connection, nothing can have been sent; and a read changes nothing at any time.
             certain = method == "GET" or not sent.connected
             kind = StoreUnreachable if certain else OwnerUnknown

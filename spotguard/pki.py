@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spotguard.errors import SpotGuardError, Unsupported
+from spotguard.errors import ConfigError, SpotGuardError, Unsupported
 
 URI_PREFIX = "spiffe://spotguard/node/"
 # A DNS name in lower case: it has to stand in a URI and in a DNS entry alike.
@@ -101,15 +101,19 @@ def ssl_context(identity: Identity, *, server_side: bool) -> ssl.SSLContext:
     """Build a TLS 1.3 context that proves `identity` and demands a certificate of the same authority from the peer.
 
     A client checks in the handshake that the server is who was meant: give the node's name as `server_hostname`.
-    A server learns who called by `peer_name`. Raises ssl.SSLError or OSError when a file cannot be used.
+    A server learns who called by `peer_name`. Raises ConfigError when a file cannot be used.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if server_side else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = not server_side
     context.verify_mode = ssl.CERT_REQUIRED
     context.verify_flags |= ssl.VERIFY_X509_STRICT
-    context.load_verify_locations(cafile=identity.ca)
-    context.load_cert_chain(identity.cert, identity.key)
+    try:
+        context.load_verify_locations(cafile=identity.ca)
+        context.load_cert_chain(identity.cert, identity.key)
+    except OSError as error:  # of which ssl.SSLError is one
+        files = f"{identity.ca}, {identity.cert} or {identity.key}"
+        raise ConfigError([f"a file of TLS cannot be used ({files}): {error}"]) from error
     return context
 
 

@@ -1,5 +1,6 @@
 """The throw-away authority, and who may talk to whom."""
 
+import dataclasses
 import socket
 import ssl
 import threading
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from spotguard import pki
+from spotguard.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -78,6 +80,14 @@ def test_older_tls_is_refused(authority: Path) -> None:
     client.maximum_version = ssl.TLSVersion.TLSv1_2
     with pytest.raises((ssl.SSLError, ConnectionError)):
         handshake(server, client, "node-a")
+
+
+def test_files_that_cannot_be_used_are_named(authority: Path, tmp_path: Path) -> None:
+    identity = pki.issue(authority, "node-a")
+    with pytest.raises(ConfigError, match="cannot be used"):
+        pki.ssl_context(dataclasses.replace(identity, key=tmp_path / "none"), server_side=True)
+    with pytest.raises(ConfigError, match="KEY_VALUES_MISMATCH"):
+        pki.ssl_context(dataclasses.replace(identity, key=authority / "ca.key"), server_side=True)
 
 
 def test_keys_are_for_their_owner_only(authority: Path) -> None:
