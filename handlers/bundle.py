@@ -40,9 +40,8 @@ class VolumeMount:
 class PodManifest:
     """What a pod is made of, sent to the target so that it can make the same.
 
-    `address`: IPv4 address without prefix. `command`: argument list. `files`: path inside a volume ("volume/path")
-    to text, written before the first start. `tmpfs`: mount points of memory file systems, moved by CRIU.
-    `memory_bytes`: what the pod may use, for the target's limits.
+    `address`: IP address without prefix. `command`: argument list. `tmpfs`: mount points of memory file systems, moved
+    by CRIU. `memory_bytes`: what the pod may use, for the target's limits.
     """
 
     name: str
@@ -53,7 +52,6 @@ class PodManifest:
     gid: int = 0
     volumes: tuple[VolumeMount, ...] = ()
     tmpfs: tuple[str, ...] = ()
-    files: Mapping[str, str] = field(default_factory=dict)
     memory_bytes: int = 1 << 30
 
     def to_json(self) -> dict[str, Any]:
@@ -73,7 +71,6 @@ class PodManifest:
                 gid=int(data.get("gid", 0)),
                 volumes=tuple(VolumeMount(str(v["name"]), str(v["path"])) for v in data.get("volumes", ())),
                 tmpfs=tuple(str(path) for path in data.get("tmpfs", ())),
-                files={str(k): str(v) for k, v in data.get("files", {}).items()},
                 memory_bytes=int(data.get("memory_bytes", 1 << 30)),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as wrong:
@@ -171,7 +168,7 @@ def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: st
 
 
 def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, cgroup: str) -> Bundle:
-    """Make the bundle of a pod over the root file system `image`; its volumes are empty but for `files`.
+    """Make the bundle of a pod over the root file system `image`; its volumes are empty.
 
     Raises GiveUp when the overlay cannot be mounted. Undone by `destroy`.
     """
@@ -193,16 +190,6 @@ def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, 
     config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return bundle
-
-
-def write_files(manifest: PodManifest, bundle: Bundle) -> None:
-    """Write the manifest's files; for a first start only, a moved pod brings its own."""
-    for name, text in manifest.files.items():
-        path = bundle.directory / "volumes" / name
-        if not path.resolve().is_relative_to(bundle.directory / "volumes"):
-            raise GiveUp(f"pod manifest: file '{name}' lies outside the volumes")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
 
 
 def destroy(directory: Path) -> None:

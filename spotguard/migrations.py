@@ -1,0 +1,219 @@
+"""The migrations of one agent, both sides: starts their machines, finds them again, goes on after a restart."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from handlers.bundle import PodManifest
+from handlers.control import Offer, OfferAnswer, RestoreAnswer
+from handlers.errors import GiveUp
+from spotguard.core import source, target
+from spotguard.core.deadline import Limits
+from spotguard.core.events import (
+    AbortRequested,
+    AgentRestarted,
+    DeadlineMoved,
+    NoticeWithdrawn,
+    Offered,
+    RestoreRequested,
+    StartMigration,
+)
+from spotguard.core.state import Mode, Move, Outcome, Record, Role
+from spotguard.driver import Driver
+from spotguard.journal import Journal
+from spotguard.parts import Parts, TransferLimits
+from spotguard.source_effects import SourceEffects
+from spotguard.target_effects import TargetEffects
+
+
+@dataclass(slots=True)
+class _Receiving:
+    driver: Driver
+    effects: TargetEffects
+    peer: str
+
+
+class Migrations:
+    """All migrations of this node that are under way. Drivers run in `tasks`: one that breaks ends the agent, which
+    then starts anew from its journal."""
+
+    def __init__(self, parts: Parts, journal: Journal, tasks: asyncio.TaskGroup) -> None:
+        self._parts = parts
+        self._journal = journal
+        self._tasks = tasks
+        self._leaving: dict[str, Driver] = {}  # by workload
+        self._arriving: dict[str, _Receiving] = {}  # by migration
+        transfer = parts.settings.transfer
+        self._limits = Limits(
+            target_freeze=transfer.target_freeze_ms / 1000, rounds_max=transfer.max_rounds, reserve=transfer.reserve_s
+        )
+
+    # --- source -----------------------------------------------------------------------------------------------------
+
+    def start(self, move: Move, deadline: float, mode: Mode, ended: Callable[[str, Outcome], None]) -> None:
+        """Move a workload away from here; `ended` is called with workload and outcome. Raises GiveUp when it is unknown."""
+        if move.workload in self._leaving:
+            raise GiveUp(f"{move.workload} is being moved already")
+        driver = self._source_driver(move)
+        driver.post(StartMigration(self._now(), move, deadline, mode))
+        self._run_source(move, driver, ended)
+
+    def tighten(self, workload: str, deadline: float) -> None:
+        """Tell a move that its node dies earlier."""
+        if workload in self._leaving:
+            self._leaving[workload].post(DeadlineMoved(self._now(), deadline))
+
+    def withdraw(self, workload: str) -> None:
+        """Tell a move that it is not needed any more."""
+        if workload in self._leaving:
+            self._leaving[workload].post(NoticeWithdrawn(self._now()))
+
+    def _source_driver(self, move: Move) -> Driver:
+        return Driver(
+            move.migration,
+            source.step,
+            source.SourceState(limits=self._limits),
+            SourceEffects(self._parts, move),
+            journal=self._journal,
+            clock=self._parts.clock,
+            log=self._parts.log,
+            fields={"workload": move.workload, "side": "source"},
+        )
+
+    def _run_source(self, move: Move, driver: Driver, ended: Callable[[str, Outcome], None]) -> None:
+        self._leaving[move.workload] = driver
+
+        async def run() -> None:
+            result = await driver.run()
+            del self._leaving[move.workload]
+            ended(move.workload, result.outcome)
+
+        self._tasks.create_task(run(), name=f"source of {move.migration}")
+
+    # --- target: what the control API opens onto ------------------------------------------------------------------------
+
+    async def offer(self, peer: str, offer: Offer, deadline: float) -> OfferAnswer:
+        """Prepare for a workload that `peer` wants to send. Raises GiveUp with the reason when that cannot be."""
+        manifest = PodManifest.from_json(offer.workload)
+        here = self._parts.settings.node.name
+        move = Move(migration=offer.migration, workload=manifest.name, source=peer, target=here)
+        if offer.migration in self._arriving:
+            raise GiveUp(f"migration {offer.migration} is here already")
+        if any(other.driver.state.move.workload == manifest.name for other in self._arriving.values()):
+            raise GiveUp(f"{manifest.name} is arriving already")
+        limits = self._accepted(offer)
+        driver, effects = self._target_driver(move, manifest, limits)
+        expires = self._now() + offer.expires_in_s
+        driver.post(Offered(self._now(), move, expires, offer.owner_version))
+        self._run_target(move, _Receiving(driver, effects, peer))
+        async with asyncio.timeout_at(deadline):
+            accepted, reason = await asyncio.shield(effects.answers.offered)
+        if not accepted:
+            raise GiveUp(reason)
+        return OfferAnswer(stream_host=self._parts.settings.node.address, stream_port=effects.stream_port)
+
+    def _accepted(self, offer: Offer) -> TransferLimits:
+        """Check the announced sizes against what this node allows in all."""
+        transfer = self._parts.settings.transfer
+        wanted = TransferLimits(max_memory=offer.max_memory, max_images=offer.max_images, max_files=offer.max_files)
+        if wanted.max_memory > transfer.store_memory_max or wanted.max_images > transfer.max_image_bytes:
+            raise GiveUp(
+                f"{wanted.max_memory} bytes of memory and {wanted.max_images} of images are announced, this node takes "
+                f"{transfer.store_memory_max} and {transfer.max_image_bytes} (transfer.store_memory_max, max_image_bytes)"
+            )
+        return wanted
+
+    def _target_driver(
+        self, move: Move, manifest: PodManifest, limits: TransferLimits
+    ) -> tuple[Driver, TargetEffects]:
+        effects = TargetEffects(self._parts, move, manifest, limits, lambda event: driver.post(event))
+        driver = Driver(
+            move.migration,
+            target.step,
+            target.TargetState(limits=self._limits),
+            effects,
+            journal=self._journal,
+            clock=self._parts.clock,
+            log=self._parts.log,
+            fields={"workload": move.workload, "side": "target"},
+        )
+        return driver, effects
+
+    def _run_target(self, move: Move, receiving: _Receiving) -> None:
+        self._arriving[move.migration] = receiving
+
+        async def run() -> None:
+            await receiving.driver.run()
+            del self._arriving[move.migration]
+
+        self._tasks.create_task(run(), name=f"target of {move.migration}")
+
+    async def restore(self, peer: str, migration: str, deadline: float) -> RestoreAnswer:
+        """Restore, take ownership, resume; answer when that is done or has failed."""
+        receiving = self._of(peer, migration)
+        receiving.driver.post(RestoreRequested(self._now(), deadline))
+        async with asyncio.timeout_at(deadline):
+            resumed, reason = await asyncio.shield(receiving.effects.answers.restored)
+        outcome = "resumed" if resumed else "failed"
+        return RestoreAnswer(outcome=outcome, reason=reason, timings=dict(receiving.effects.answers.timings))
+
+    async def frames(self, peer: str, migration: str, block: bytes) -> None:
+        """Take frames that the source has held for the pod."""
+        self._of(peer, migration).effects.keep_frames(block)
+
+    async def status(self, peer: str, migration: str) -> dict[str, Any]:
+        """Say where a migration stands."""
+        return {"phase": str(self._of(peer, migration).driver.state.phase)}
+
+    async def abort(self, peer: str, migration: str) -> None:
+        """The source wants no copy here."""
+        receiving = self._arriving.get(migration)
+        if receiving is not None and receiving.peer == peer:
+            receiving.driver.post(AbortRequested(self._now(), f"{peer} has given up"))
+
+    def _of(self, peer: str, migration: str) -> _Receiving:
+        receiving = self._arriving.get(migration)
+        if receiving is None or receiving.peer != peer:
+            raise GiveUp(f"migration {migration} is not arriving here from {peer}")
+        return receiving
+
+    # --- both -------------------------------------------------------------------------------------------------------
+
+    def resume(self, ended: Callable[[str, Outcome], None]) -> None:
+        """Go on with every migration of the journal. Raises RecordError or JournalError for a record it cannot read."""
+        for _, raw in self._journal.records():
+            record = Record.from_json(raw)
+            self._parts.log.add("restarted", migration=record.move.migration, phase=record.phase, side=str(record.role))
+            if record.role is Role.SOURCE:
+                driver = self._source_driver(record.move)
+                driver.post(AgentRestarted(self._now(), record))
+                self._run_source(record.move, driver, ended)
+            else:
+                self._resume_target(record)
+
+    def _resume_target(self, record: Record) -> None:
+        bundle = self._parts.bundle(record.move.workload)
+        manifest = (
+            bundle.manifest()
+            if (bundle.directory / "manifest.json").exists()
+            else PodManifest(name=record.move.workload, address="0.0.0.0", command=())  # noqa: S104 - nothing was made yet
+        )
+        nothing = TransferLimits(0, 0, 0)
+        driver, effects = self._target_driver(record.move, manifest, nothing)
+        driver.post(AgentRestarted(self._now(), record))
+        self._run_target(record.move, _Receiving(driver, effects, record.move.source))
+
+    def summary(self) -> list[dict[str, str]]:
+        """Say what is under way, for `status`."""
+        leaving = [
+            {"workload": w, "side": "source", "phase": str(d.state.phase)} for w, d in sorted(self._leaving.items())
+        ]
+        arriving = [
+            {"workload": r.driver.state.move.workload, "side": "target", "phase": str(r.driver.state.phase)}
+            for r in self._arriving.values()
+        ]
+        return leaving + arriving
+
+    def _now(self) -> float:
+        return self._parts.clock.monotonic()

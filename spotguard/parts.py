@@ -1,0 +1,57 @@
+"""What every migration of an agent shares; built once, by the composition root."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from criu_transfer.checkpoint import Tools
+from criu_transfer.stream import Credentials
+from handlers.bundle import Bundle
+from handlers.cgroup import Cgroup
+from handlers.control import ControlClient
+from handlers.owner import OwnerStore
+from handlers.runtime import Runc
+from spotguard.clock import Clock
+from spotguard.events_log import EventLog
+from spotguard.settings import AgentSettings
+
+
+@dataclass(frozen=True, slots=True)
+class TransferLimits:
+    """What a source announces and a target accepts for one migration, in bytes."""
+
+    max_memory: int
+    max_images: int
+    max_files: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The agent's neighbours and places. `tracker_reason`: why writes cannot be tracked here, empty when they can."""
+
+    settings: AgentSettings
+    clock: Clock
+    log: EventLog
+    runc: Runc
+    tools: Tools
+    store: OwnerStore
+    control: ControlClient
+    tracker_reason: str
+    memory_v1: Path | None
+
+    @property
+    def credentials(self) -> Credentials:
+        """This node's certificate for streams."""
+        tls = self.settings.tls
+        return Credentials(cert=tls.cert, key=tls.key, ca=tls.ca)
+
+    def bundle(self, workload: str) -> Bundle:
+        """The bundle of a pod, there or not."""
+        return Bundle(self.settings.runtime.pods_dir / workload)
+
+    def pod_cgroup(self, workload: str) -> Cgroup:
+        """The cgroup of a pod's container."""
+        return Cgroup(self.settings.runtime.cgroup / "pods" / workload)
+
+    def work_dir(self, migration: str, side: str) -> Path:
+        """The RAM-backed directory of one side of one migration."""
+        return self.settings.node.runtime_dir / side / migration

@@ -1,0 +1,118 @@
+"""The receiver of one migration, as its agent sees it: a child process and a channel of JSON lines.
+
+The child is in a session and a cgroup of its own, so that it outlives the agent once it was told to.
+"""
+
+import asyncio
+import json
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from handlers.cgroup import Cgroup
+from handlers.errors import GiveUp
+from spotguard.core.state import Move
+from spotguard.parts import Parts, TransferLimits
+
+MAX_LINE = 64 << 10
+
+
+class ReceiverProcess:
+    """A running receiver."""
+
+    def __init__(self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter, group: Cgroup) -> None:
+        self._process = process
+        self._writer = writer
+        self._group = group
+        self._reader: asyncio.Task[None] | None = None
+        self.port = 0
+
+    @classmethod
+    async def start(
+        cls,
+        parts: Parts,
+        move: Move,
+        *,
+        image_dir: Path,
+        trees: Mapping[str, str],
+        limits: TransferLimits,
+        group: Cgroup,
+        container_cgroup: Path,
+        on_event: Callable[[dict[str, Any]], None],
+        deadline: float,
+    ) -> "ReceiverProcess":
+        """Start it in `group` and wait until it listens. Raises GiveUp with its own words."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "criu_transfer.receiver",
+                "--control-fd",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        group.attach(process.pid)
+        reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
+        receiver = cls(process, writer, group)
+        tls, control = parts.settings.tls, parts.settings.control
+        config = {
+            "migration": move.migration,
+            "source": move.source,
+            "target": move.target,
+            "host": control.listen,
+            "ports": [control.stream_ports.first, control.stream_ports.last],
+            "cert": str(tls.cert),
+            "key": str(tls.key),
+            "ca": str(tls.ca),
+            "image_dir": str(image_dir),
+            "trees": dict(trees),
+            "limits": asdict(limits),
+            "cgroup": str(container_cgroup),
+        }
+        writer.write(json.dumps(config).encode() + b"\n")
+        await writer.drain()
+        async with asyncio.timeout(max(0.0, deadline - parts.clock.monotonic())):
+            first = json.loads(await reader.readline() or b"{}")
+        if first.get("event") != "listening":
+            raise GiveUp(f"the receiver did not start: {first.get('error', 'it ended')}")
+        receiver.port = int(first["port"])
+        receiver._reader = asyncio.create_task(receiver._read(reader, on_event), name=f"receiver of {move.migration}")
+        return receiver
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process (the keeper, later) still runs."""
+        return self._process.returncode is None
+
+    async def keep(self) -> None:
+        """Tell it to outlive this agent."""
+        self._writer.write(b'{"do": "keep"}\n')
+        await self._writer.drain()
+
+    async def kill(self) -> None:
+        """End it and the pager that it may have forked."""
+        if self._group.path.exists():
+            await asyncio.to_thread(self._group.kill, asyncio.get_running_loop().time() + 5.0)
+
+    async def wait(self, deadline: float) -> None:
+        """Wait for its end; one that does not come is killed."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                await self._process.wait()
+        except TimeoutError:
+            await self.kill()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+        self._writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader, on_event: Callable[[dict[str, Any]], None]) -> None:
+        while line := await reader.readline():
+            on_event(json.loads(line))
+        on_event({"event": "ended", "code": await self._process.wait()})

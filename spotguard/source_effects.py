@@ -1,0 +1,361 @@
+"""Performs the commands of the source's machine on real processes, runc, the network and the wire."""
+
+import asyncio
+import errno
+import shutil
+from contextlib import suppress
+from typing import assert_never
+
+import tenacity
+
+from criu_transfer import preflight, stream
+from criu_transfer.errors import DeadlinePassed, GiveUp, TrackerUnavailable
+from criu_transfer.maps import Vma
+from criu_transfer.messages import Hello
+from criu_transfer.messages import Mode as WireMode
+from criu_transfer.outgoing import Outgoing
+from criu_transfer.proctree import processes_of
+from criu_transfer.restore import write_criu_settings
+from criu_transfer.sender import Sender
+from handlers import bundle as bundles
+from handlers.control import Offer
+from handlers.errors import HandlerError
+from handlers.network import backlog, routes, sandbox
+from handlers.network.hold import Hold
+from spotguard.core import commands as c
+from spotguard.core.events import Checked, Event, FailureKind, RoundCopied, TargetAnswered
+from spotguard.core.state import Mode, Move
+from spotguard.frame_forwarder import FrameForwarder
+from spotguard.ownership_effects import Ownership
+from spotguard.parts import Parts, TransferLimits
+
+DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
+DRAIN_TRIES = 8
+DOUBLE_RUN_SECONDS = 0.3
+
+
+class NotDrained(GiveUp):
+    """Connections with data wait in an accept queue: a dump would lose them."""
+
+
+class SourceEffects:
+    """One migration's effects on the source. Idempotent, as core/commands.py asks."""
+
+    def __init__(self, parts: Parts, move: Move) -> None:
+        self._parts = parts
+        self._move = move
+        self._bundle = parts.bundle(move.workload)
+        self._manifest = self._bundle.manifest()
+        self._cgroup = parts.pod_cgroup(move.workload)
+        self._ownership = Ownership(parts.store, move, self._manifest.address)
+        self._work_dir = parts.work_dir(move.migration, "source")
+        self._stream: stream.Stream | None = None
+        self._outgoing: Outgoing | None = None
+        self._hold: Hold | None = None
+        self._forwarder: FrameForwarder | None = None
+        self._maps: dict[int, list[Vma]] | None = None
+        self._handed_over = False
+
+    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0911, PLR0912 - one line per command
+        """Perform one command; see driver.Effects."""
+        match command:
+            case c.Preflight():
+                return await self._preflight()
+            case c.CreateOwnership() | c.ReadOwnership() | c.ReclaimOwnership():
+                return await self._ownership.perform(command, self._now())
+            case c.OfferTarget():
+                return await self._offer(command)
+            case c.AttachTracker():
+                return await asyncio.to_thread(self._transfer().attach, command.deadline)
+            case c.CopyRound():
+                return await self._round(command)
+            case c.HoldNetwork():
+                return await self._hold_network(command)
+            case c.FreezeProcesses():
+                return await self._freeze(command)
+            case c.DumpAndSend():
+                return await self._dump_and_send(command)
+            case c.RequestRestore():
+                return await self._request_restore(command)
+            case c.StayFrozen():
+                return await self._stay_frozen(command)
+            case c.VerifySound():
+                return await asyncio.to_thread(self._verify_sound)
+            case c.ReleaseNetwork():
+                return await self._release()
+            case c.ThawProcesses():
+                return await asyncio.to_thread(self._cgroup.thaw, command.deadline)
+            case c.DetachTracker():
+                return await asyncio.to_thread(self._detach)
+            case c.AbortTarget():
+                return await self._parts.control.abort(self._move.target, self._move.migration, command.deadline)
+            case c.ForwardFrames():
+                return await self._forward_frames()
+            case c.DestroySource():
+                return await self._destroy(command)
+            case c.CleanUp():
+                return await self._clean_up()
+            case _:
+                raise GiveUp(f"{command.name} is no command of a source")
+
+    def cancel(self, command: str) -> None:
+        """Break off what can be broken off: the stream to the target."""
+        if command in {c.CopyRound.__name__, c.AttachTracker.__name__} and self._outgoing is not None:
+            self._outgoing.stop()
+
+    def failure(self, error: Exception) -> FailureKind:
+        """Tell how the machine must react."""
+        match error:
+            case TrackerUnavailable():
+                return FailureKind.TRACKER_UNAVAILABLE
+            case DeadlinePassed() | TimeoutError():
+                return FailureKind.DEADLINE
+            case _:
+                return FailureKind.GIVE_UP
+
+    # --- before the freeze ------------------------------------------------------------------------------------------
+
+    async def _preflight(self) -> Checked:
+        processes = await asyncio.to_thread(processes_of, self._cgroup.path)
+        found = await asyncio.to_thread(preflight.check, processes, config=self._bundle.config())
+        wanted = self._parts.settings.transfer.mode
+        reason = found.delta_reason or self._parts.tracker_reason
+        if wanted == "stop-and-copy":
+            reason = "transfer.mode says so"
+        reasons = found.reasons
+        if wanted == "live" and reason:
+            reasons = (*reasons, f"transfer.mode is live, but: {reason}")
+        memory = await asyncio.to_thread(preflight.memory_bytes, processes)
+        return Checked(
+            self._now(),
+            movable=found.movable and not (wanted == "live" and reason),
+            reasons=reasons,
+            deltas=not reason,
+            delta_reason=reason,
+            memory_bytes=memory,
+        )
+
+    async def _offer(self, command: c.OfferTarget) -> None:
+        limits = self._limits()
+        offer = Offer.new(
+            migration=self._move.migration,
+            source=self._move.source,
+            workload=self._manifest.to_json(),
+            limits=limits,
+            version=command.version,
+            expires=command.expires,
+        )
+        answer = await self._parts.control.offer(self._move.target, offer, command.deadline)
+        self._work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        await asyncio.to_thread(self._open_stream, answer.stream_host, answer.stream_port, limits, command.deadline)
+        box = sandbox.find(self._move.workload)
+        if box is None:
+            raise GiveUp(f"pod {self._move.workload} has no network of ours")
+        self._hold = await asyncio.to_thread(Hold.prepare, box)
+
+    def _limits(self) -> TransferLimits:
+        transfer = self._parts.settings.transfer
+        return TransferLimits(
+            max_memory=transfer.store_memory_max,
+            max_images=transfer.max_image_bytes,
+            max_files=transfer.store_memory_max,
+        )
+
+    def _open_stream(self, host: str, port: int, limits: TransferLimits, deadline: float) -> None:
+        self._stream = stream.connect(host, port, self._parts.credentials, self._move.target, deadline)
+        sender = Sender(self._stream, drop_pages=self._parts.settings.transfer.fault_drop_pages)
+        sender.hello(
+            Hello(
+                migration=self._move.migration,
+                source=self._move.source,
+                target=self._move.target,
+                max_memory=limits.max_memory,
+                max_images=limits.max_images,
+                max_files=limits.max_files,
+            ),
+            deadline,
+        )
+        # The settings that a restore needs (freeze at resume) must not run in a dump.
+        (self._bundle.directory / "criu.conf").write_text("network-lock skip\n")
+        self._outgoing = Outgoing(
+            self._move.workload,
+            self._cgroup.path,
+            trees=self._bundle.trees(self._manifest),
+            work_dir=self._work_dir,
+            tools=self._parts.tools,
+            sender=sender,
+        )
+
+    async def _round(self, command: c.CopyRound) -> RoundCopied:
+        result = await asyncio.to_thread(self._transfer().round, command.deadline)
+        self._log("round", number=command.number, bytes=result.sent_bytes, written=result.written_bytes,
+                  seconds=result.seconds)
+        return RoundCopied(
+            self._now(),
+            number=command.number,
+            sent_bytes=result.sent_bytes,
+            written_bytes=result.written_bytes,
+            seconds=result.seconds,
+        )
+
+    # --- the freeze -------------------------------------------------------------------------------------------------
+
+    async def _hold_network(self, command: c.HoldNetwork) -> None:
+        start = self._now()
+        self._engage()
+        self._log("freeze-step", step="hold", seconds=self._now() - start)
+        await self._parts.clock.sleep_until(min(self._now() + DRAIN_SECONDS, command.deadline))
+
+    def _engage(self) -> None:
+        if self._hold is None:
+            box = sandbox.find(self._move.workload)
+            if box is None:
+                raise GiveUp(f"pod {self._move.workload} has no network of ours")
+            self._hold = Hold.prepare(box)
+        self._hold.engage()
+        if self._forwarder is None:
+            self._forwarder = FrameForwarder(self._hold, self._send_frames)
+            self._forwarder.start()
+
+    async def _send_frames(self, block: bytes) -> None:
+        deadline = self._now() + 1.0
+        await self._parts.control.frames(self._move.target, self._move.migration, block, deadline)
+
+    async def _freeze(self, command: c.FreezeProcesses) -> None:
+        """Freeze when no connection waits to be accepted with data in it (dangers: a dump would drop it)."""
+        start = self._now()
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type(NotDrained),
+            stop=tenacity.stop_after_attempt(DRAIN_TRIES),
+            wait=tenacity.wait_fixed(DRAIN_SECONDS),
+            reraise=True,
+        )
+        async for attempt in retrying:
+            with attempt:
+                await asyncio.to_thread(self._freeze_once, command.deadline)
+        self._log("freeze-step", step="freeze", seconds=self._now() - start)
+
+    def _freeze_once(self, deadline: float) -> None:
+        self._cgroup.freeze(deadline)
+        waiting = backlog.undelivered(self._box().netns)
+        if waiting:
+            self._cgroup.thaw(deadline)
+            raise NotDrained(f"connections wait to be accepted: {waiting}")
+
+    async def _dump_and_send(self, command: c.DumpAndSend) -> None:
+        if self._hold is None or self._forwarder is None:
+            raise GiveUp("the network is not held")
+        outgoing = self._transfer()
+        self._maps = await asyncio.to_thread(outgoing.maps)
+        self._forwarder.add(self._hold.take_sent())
+        mode = WireMode.LIVE if command.mode is Mode.LIVE else WireMode.STOP_AND_COPY
+        done = await asyncio.to_thread(outgoing.capture, mode, command.deadline)
+        for step, seconds in done.seconds.items():
+            self._log("freeze-step", step=step, seconds=seconds)
+        self._log(
+            "captured",
+            residual_bytes=done.residual_bytes,
+            debt_bytes=done.debt_bytes,
+            image_bytes=done.image_bytes,
+            file_bytes=done.file_bytes,
+        )
+
+    async def _request_restore(self, command: c.RequestRestore) -> TargetAnswered:
+        if self._forwarder is not None:
+            self._forwarder.start_sending()
+        answer = await self._parts.control.restore(self._move.target, self._move.migration, command.deadline)
+        for step, seconds in answer.timings.items():
+            self._log("freeze-step", step=step, seconds=seconds)
+        if answer.resumed:
+            self._log("resumed", frames_held=self._forwarder.count if self._forwarder else 0)
+        return TargetAnswered(self._now(), resumed=answer.resumed, reason=answer.reason)
+
+    # --- the way back -----------------------------------------------------------------------------------------------
+
+    async def _stay_frozen(self, command: c.StayFrozen) -> None:
+        self._engage()
+        await asyncio.to_thread(self._cgroup.freeze, command.deadline)
+
+    def _verify_sound(self) -> None:
+        """See whether a failed or interrupted dump left the processes as they were."""
+        processes = processes_of(self._cgroup.path)
+        if not processes:
+            raise GiveUp("no process is left")
+        for process in processes:
+            preflight.check_untraced(process)
+        if self._maps is not None and self._maps != {p.pid: preflight.maps_of(p) for p in processes}:
+            raise GiveUp("the processes' mappings are not what they were before the dump")
+
+    async def _release(self) -> None:
+        if self._hold is None:
+            self._engage()
+        if self._hold is None:
+            return
+        kept: list[bytes] = []
+        if self._forwarder is not None:
+            self._forwarder.collect()
+            await self._forwarder.stop()
+            kept = self._forwarder.kept
+        self._hold.release(*split_by_direction(kept, self._manifest.address))
+        self._hold.close()
+        self._hold = self._forwarder = None
+
+    def _detach(self) -> None:
+        if self._outgoing is not None:
+            self._outgoing.detach()
+
+    # --- after the hand-over ----------------------------------------------------------------------------------------
+
+    async def _forward_frames(self) -> None:
+        """Let the node forward what still comes here, then send on what the hold has caught until now."""
+        self._handed_over = True
+        target = self._parts.control.address_of(self._move.target)
+        await asyncio.to_thread(routes.point, self._manifest.address, via=target)
+        if self._forwarder is not None:
+            self._forwarder.start_sending()
+            await self._forwarder.flush()
+
+    async def _destroy(self, command: c.DestroySource) -> None:
+        if self._parts.settings.transfer.fault_double_run:
+            await asyncio.to_thread(self._cgroup.thaw, command.deadline)
+            await self._parts.clock.sleep_until(self._now() + DOUBLE_RUN_SECONDS)
+        if self._cgroup.path.exists():
+            await asyncio.to_thread(self._cgroup.kill, command.deadline)
+        await self._parts.runc.delete(self._move.workload, command.deadline)
+        if self._forwarder is not None:
+            await self._forwarder.flush()
+            await self._forwarder.stop()
+        if self._hold is not None:
+            self._hold.close()
+        self._hold = self._forwarder = None
+        await asyncio.to_thread(sandbox.destroy, self._move.workload)
+        await asyncio.to_thread(bundles.destroy, self._bundle.directory)
+
+    async def _clean_up(self) -> None:
+        if self._outgoing is not None:
+            await asyncio.to_thread(self._outgoing.close)
+        if self._stream is not None:
+            self._stream.close()
+        self._outgoing = self._stream = None
+        await asyncio.to_thread(shutil.rmtree, self._work_dir, ignore_errors=True)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    def _transfer(self) -> Outgoing:
+        if self._outgoing is None:
+            raise GiveUp("there is no stream to the target")
+        return self._outgoing
+
+    def _box(self) -> sandbox.Sandbox:
+        box = sandbox.find(self._move.workload)
+        if box is None:
+            raise GiveUp(f"pod {self._move.workload} has no network of ours")
+        return box
+
+    def _now(self) -> float:
+        return self._parts.clock.monotonic()
+
+    def _log(self, event: str, **fields: object) -> None:
+        self._parts.log.add(
+            event, migration=self._move.migration, workload=self._move.workload, side="source", **fields
+        )

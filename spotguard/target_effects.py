@@ -1,0 +1,286 @@
+"""Performs the commands of the target's machine: sandbox, receiver, restore, hand-over, resume."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from criu_transfer.errors import DeadlinePassed, RestoreFailed
+from criu_transfer.restore import restore, write_criu_settings
+from handlers import bundle as bundles
+from handlers.bundle import PodManifest
+from handlers.cgroup import Cgroup
+from handlers.errors import GiveUp
+from handlers.network import frames, routes, sandbox
+from handlers.network.hold import Hold
+from spotguard.core import commands as c
+from spotguard.core.events import Event, FailureKind, PagerDied, StateComplete, StreamLost
+from spotguard.core.state import Move
+from spotguard.ownership_effects import Ownership
+from spotguard.parts import Parts, TransferLimits
+from spotguard.receiver_process import ReceiverProcess
+
+PLAYED_LATE_LIMIT = 8 << 20
+
+
+@dataclass(slots=True)
+class Answers:
+    """What the source waits for: the offer's answer and the restore's; set once each."""
+
+    offered: asyncio.Future[tuple[bool, str]]
+    restored: asyncio.Future[tuple[bool, str]]
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+class TargetEffects:
+    """One migration's effects on the target. Idempotent, as core/commands.py asks."""
+
+    def __init__(
+        self, parts: Parts, move: Move, manifest: PodManifest, limits: TransferLimits, post: Callable[[Event], None]
+    ) -> None:
+        """`post`: hands the machine an event of the receiver's."""
+        self._parts = parts
+        self._move = move
+        self._manifest = manifest
+        self._limits = limits
+        self._post = post
+        self._bundle = parts.bundle(move.workload)
+        self._cgroup = parts.pod_cgroup(move.workload)
+        self._ownership = Ownership(parts.store, move, manifest.address)
+        self._work_dir = parts.work_dir(move.migration, "target")
+        self._receiver: ReceiverProcess | None = None
+        self._hold: Hold | None = None
+        self._frames: list[bytes] = []
+        self._frame_bytes = 0
+        self._lazy = False
+        self._filled = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        self.answers = Answers(loop.create_future(), loop.create_future())
+
+    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0911, PLR0912 - one line per command
+        """Perform one command; see driver.Effects."""
+        match command:
+            case c.PrepareSandbox():
+                return await self._prepare(command)
+            case c.AnswerOffer():
+                return self._answer(self.answers.offered, command.accepted, command.reason)
+            case c.AnswerSource():
+                return self._answer(self.answers.restored, command.resumed, command.reason)
+            case c.RestoreProcesses():
+                return await self._timed("restore", self._restore(command))
+            case c.KeepPager():
+                return await self._keep_pager()
+            case c.TakeOwnership() | c.ReadOwnership():
+                return await self._timed("owner", self._ownership.perform(command, self._now()))
+            case c.VerifySound():
+                return await asyncio.to_thread(self._verify_sound)
+            case c.MoveRoute():
+                return await self._timed("route", self._move_route())
+            case c.ReleaseNetwork():
+                return await self._timed("release", self._release())
+            case c.ThawProcesses():
+                return await self._timed("thaw", asyncio.to_thread(self._cgroup.thaw, command.deadline))
+            case c.AwaitFill():
+                return await self._await_fill(command)
+            case c.DestroyRestored():
+                return await self._destroy(command)
+            case c.CleanUp():
+                return await self._clean_up(command)
+            case _:
+                raise GiveUp(f"{command.name} is no command of a target")
+
+    def cancel(self, command: str) -> None:
+        """Nothing here needs to be broken off: every command ends at its deadline."""
+
+    def failure(self, error: Exception) -> FailureKind:
+        """Tell how the machine must react."""
+        return FailureKind.DEADLINE if isinstance(error, DeadlinePassed | TimeoutError) else FailureKind.GIVE_UP
+
+    def keep_frames(self, block: bytes) -> None:
+        """Take frames that the source has held; played at the release, or now when that has been."""
+        taken = frames.unpack(block)
+        if self._hold is None or self._released:
+            self._play_late(taken)
+            return
+        for frame in taken:
+            self._frame_bytes += len(frame)
+            if self._frame_bytes <= PLAYED_LATE_LIMIT:
+                self._frames.append(frame)
+
+    @property
+    def stream_port(self) -> int:
+        """Where the receiver listens; 0 when there is none."""
+        return self._receiver.port if self._receiver else 0
+
+    # --- receiving --------------------------------------------------------------------------------------------------
+
+    async def _prepare(self, command: c.PrepareSandbox) -> None:
+        where = self._parts.settings.runtime
+        box = await asyncio.to_thread(sandbox.create, self._move.workload, self._manifest.address, held=True)
+        self._hold = await asyncio.to_thread(self._take_hold, box)
+        made = await asyncio.to_thread(
+            bundles.create,
+            self._manifest,
+            self._bundle.directory,
+            image=where.image,
+            netns=box.netns,
+            cgroup="/" + str(self._cgroup.path.relative_to("/sys/fs/cgroup")),
+        )
+        write_criu_settings(
+            made.directory, cgroup=self._cgroup.path, parking=where.cgroup / "parking" / self._move.migration
+        )
+        image_dir = self._work_dir / "images"
+        image_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        group = Cgroup.create(
+            where.cgroup / "receivers" / self._move.migration,
+            memory_max=self._limits.max_memory + self._limits.max_images + (128 << 20),
+            memory_v1=self._parts.memory_v1,
+        )
+        self._receiver = await ReceiverProcess.start(
+            self._parts,
+            self._move,
+            image_dir=image_dir,
+            trees={name: str(path) for name, path in made.trees(self._manifest).items()},
+            limits=self._limits,
+            group=group,
+            container_cgroup=self._cgroup.path,
+            on_event=self._on_receiver,
+            deadline=command.deadline,
+        )
+        await self._parts.store.warm(command.deadline)
+
+    def _take_hold(self, box: sandbox.Sandbox) -> Hold:
+        return Hold.adopt(box)
+
+    def _on_receiver(self, event: dict[str, Any]) -> None:
+        """React to one line of the receiver's."""
+        now = self._now()
+        match event.get("event"):
+            case "state-complete":
+                self._lazy = event.get("mode") == "live"
+                self.answers.timings["rewrite"] = float(event.get("rewrite_s", 0.0))
+                self._post(StateComplete(now))
+            case "failed":
+                self._post(StreamLost(now, str(event.get("error", "the receiver failed"))))
+            case "filled":
+                self._log("filled", bytes=event.get("bytes"), faults=event.get("faults"), seconds=event.get("seconds"))
+                self._filled.set()
+            case "pager-died":
+                self._log("pager-died", carried_on=event.get("carried_on"))
+                if not event.get("carried_on"):
+                    self._post(PagerDied(now, "the pager died and its state was uncertain"))
+            case "ended" if not self._filled.is_set():
+                self._post(PagerDied(now, f"the receiver ended with {event.get('code')}"))
+            case _:
+                return
+
+    # --- hand-over --------------------------------------------------------------------------------------------------
+
+    async def _restore(self, command: c.RestoreProcesses) -> None:
+        await asyncio.to_thread(
+            restore,
+            self._move.workload,
+            self._bundle.directory,
+            self._work_dir / "images",
+            lazy=self._lazy,
+            tools=self._parts.tools,
+            deadline=command.deadline,
+        )
+        if not self._cgroup.frozen():
+            await asyncio.to_thread(self._cgroup.kill, command.deadline)
+            raise RestoreFailed("the restored container did not come up frozen; it was killed")
+
+    async def _keep_pager(self) -> None:
+        if self._receiver is None:
+            raise GiveUp("the receiver is gone")
+        await self._receiver.keep()
+
+    def _verify_sound(self) -> None:
+        if not self._cgroup.path.exists() or not self._cgroup.populated():
+            raise GiveUp("no process of the restored container is left")
+        if self._lazy and self._receiver is not None and not self._receiver.alive and not self._filled.is_set():
+            raise GiveUp("the pager is gone and pages are missing")
+
+    async def _move_route(self) -> None:
+        box = self._box()
+        await asyncio.to_thread(routes.point, self._manifest.address, dev=box.host_dev)
+
+    @property
+    def _released(self) -> bool:
+        return "release" in self.answers.timings
+
+    async def _release(self) -> None:
+        hold = self._hold if self._hold is not None else Hold.adopt(self._box())
+        self._hold = hold
+        play, sent = frames.by_direction(self._frames, self._manifest.address)
+        done = await asyncio.to_thread(hold.release, play, sent)
+        self._log("released", played=done.played, sent=done.sent, dropped=done.dropped)
+        self._frames.clear()
+
+    def _play_late(self, taken: list[bytes]) -> None:
+        if self._hold is not None:
+            play, sent = frames.by_direction(taken, self._manifest.address)
+            self._hold.play(play, sent)
+
+    async def _await_fill(self, command: c.AwaitFill) -> None:
+        if not self._lazy or (self._receiver is not None and not self._receiver.alive):
+            return
+        async with asyncio.timeout(max(0.0, command.deadline - self._now())):
+            await self._filled.wait()
+
+    # --- the end ----------------------------------------------------------------------------------------------------
+
+    async def _destroy(self, command: c.DestroyRestored) -> None:
+        if self._cgroup.path.exists():
+            await asyncio.to_thread(self._cgroup.kill, command.deadline)
+        await self._parts.runc.delete(self._move.workload, command.deadline)
+        if self._receiver is not None:
+            await self._receiver.kill()
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+        await asyncio.to_thread(sandbox.destroy, self._move.workload)
+        await asyncio.to_thread(bundles.destroy, self._bundle.directory)
+
+    async def _clean_up(self, command: c.CleanUp) -> None:
+        where = self._parts.settings.runtime
+        group = Cgroup(where.cgroup / "receivers" / self._move.migration, memory_v1=self._parts.memory_v1)
+        if self._receiver is not None:
+            await self._receiver.wait(command.deadline)
+        if group.path.exists():
+            await asyncio.to_thread(group.remove, command.deadline)
+        parking = Cgroup(where.cgroup / "parking" / self._move.migration)
+        if parking.path.exists():
+            await asyncio.to_thread(parking.remove, command.deadline)
+        if self._hold is not None:
+            self._hold.close()
+            self._hold = None
+        await asyncio.to_thread(shutil.rmtree, self._work_dir, ignore_errors=True)
+
+    # --- helpers ----------------------------------------------------------------------------------------------------
+
+    async def _timed[T](self, step: str, work: Any) -> Any:
+        start = self._now()
+        result = await work
+        self.answers.timings[step] = self._now() - start
+        self._log("freeze-step", step=step, seconds=self._now() - start)
+        return result
+
+    def _answer(self, future: "asyncio.Future[tuple[bool, str]]", good: bool, reason: str) -> None:
+        if not future.done():
+            future.set_result((good, reason))
+
+    def _box(self) -> sandbox.Sandbox:
+        box = sandbox.find(self._move.workload)
+        if box is None:
+            raise GiveUp(f"pod {self._move.workload} has no network of ours")
+        return box
+
+    def _now(self) -> float:
+        return self._parts.clock.monotonic()
+
+    def _log(self, event: str, **fields: object) -> None:
+        self._parts.log.add(
+            event, migration=self._move.migration, workload=self._move.workload, side="target", **fields
+        )
