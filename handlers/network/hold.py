@@ -62,6 +62,9 @@ class Hold:
         self._resources = resources
         self._pod_rules = resources.enter_context(netlink.Socket(sandbox.netns, netlink.NETFILTER))
         self._host_rules = resources.enter_context(netlink.Socket(sandbox.node, netlink.NETFILTER))
+        # Rules that are there already stay as they are: a hold is not replaced without a gap.
+        self._pod_held = sandbox.pod_table in nft.tables(self._pod_rules)
+        self._host_held = sandbox.host_table in nft.tables(self._host_rules)
         self._pod_end = _Tap(sandbox.netns, sandbox.pod_dev, resources)
         self._host_end = _Tap(sandbox.node, sandbox.host_dev, resources)
         self._address = ipaddress.ip_address(sandbox.address)
@@ -91,16 +94,19 @@ class Hold:
         """Hold from now on. A frame that arrives within this call may be both delivered and kept, never neither.
 
         (TCP discards what it has already; for others this is an ordinary duplicate.) Raises GiveUp when the kernel
-        refuses; then nothing is held.
+        refuses; then nothing is held that was not before.
         """
         box = self._sandbox
         try:
             self._pod_end.start()
-            self._pod_rules.execute(nft.hold_request(box.pod_table, box.pod_dev, box.play_mac))
+            if not self._pod_held:
+                self._pod_rules.execute(nft.hold_request(box.pod_table, box.pod_dev, box.play_mac))
             self._host_end.start()
-            self._host_rules.execute(nft.hold_request(box.host_table, box.host_dev, box.play_mac))
+            if not self._host_held:
+                self._host_rules.execute(nft.hold_request(box.host_table, box.host_dev, box.play_mac))
         except OSError as error:
-            nft.release(self._pod_rules, nft.release_request(box.pod_table))
+            if not self._pod_held:
+                nft.release(self._pod_rules, nft.release_request(box.pod_table))
             raise GiveUp(f"the network of pod {box.name} cannot be held: {error}") from error
 
     def fileno(self) -> int:

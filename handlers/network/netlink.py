@@ -19,6 +19,7 @@ from handlers.network import netns
 REQUEST: Final = 0x001
 ACK: Final = 0x004
 DUMP: Final = 0x300
+EXCLUSIVE: Final = 0x200
 CREATE: Final = 0x400
 NETFILTER: Final = 12
 SOCK_DIAG: Final = 4

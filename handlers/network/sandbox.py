@@ -53,7 +53,7 @@ class Sandbox:
     @property
     def host_table(self) -> str:
         """The nftables table in the node's namespace that holds what the pod sends."""
-        return f"spotguard-hold-{self.host_dev}"
+        return _host_table(self.host_dev)
 
     @property
     def play_mac(self) -> bytes:
@@ -89,9 +89,7 @@ def destroy(name: str, *, node: Path = HERE) -> None:
     namespace, deaf and mute.
     """
     netns.call_in(node, lambda: _remove_link(_host_device(name)))
-    with netlink.Socket(node, netlink.NETFILTER) as rules:
-        # Kernels >= 6.16 keep a chain whose device is gone, for the next device of that name.
-        nft.release(rules, nft.release_request(f"spotguard-hold-{_host_device(name)}"))
+    _remove_table(_host_device(name), node)
     netns.remove(_PREFIX + name)
 
 
@@ -115,6 +113,7 @@ def find(name: str, *, node: Path = HERE) -> Sandbox | None:
 
 
 def _wire(box: Sandbox, *, held: bool) -> None:
+    _remove_table(box.host_dev, box.node)
     netns.call_in(box.node, lambda: _make_pair(box))
     if held:
         hold(box)
@@ -159,6 +158,16 @@ def _configure_node(box: Sandbox, *, route: bool) -> None:
         if route:
             bits = _BITS[ipaddress.ip_address(box.address).version]
             ip.route("replace", dst=f"{box.address}/{bits}", oif=index)
+
+
+def _remove_table(host_dev: str, node: Path) -> None:
+    """Remove the hold of a device that is gone: the kernel keeps the table, from 6.16 on with its chain."""
+    with netlink.Socket(node, netlink.NETFILTER) as rules:
+        nft.release(rules, nft.release_request(_host_table(host_dev)))
+
+
+def _host_table(host_dev: str) -> str:
+    return f"spotguard-hold-{host_dev}"
 
 
 def _remove_link(device: str) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from handlers.errors import GiveUp
-from handlers.network import netns, sandbox
+from handlers.network import netns, nft, sandbox
 from handlers.network.hold import KERNEL_LIMIT, Hold, find_holds, is_held
 from handlers.network.sandbox import Sandbox
 
@@ -251,27 +251,52 @@ def box_with_receiver(lab):
         yield box, receiver
 
 
-def test_every_datagram_arrives_once_and_in_order_across_holds(lab, box_with_receiver):
+def test_held_datagrams_arrive_once_and_in_order(lab, box_with_receiver):
     box, receiver = box_with_receiver
+    with held(box) as hold:
+        for _ in range(3):
+            with numbered(lab, 500):
+                pass
+        first, *rest = hold.take()
+        with numbered(lab, 10):
+            pass
+        assert hold.release([first, *rest]).played == 1510
+    assert datagrams(receiver) == [*range(500)] * 3 + [*range(10)]
+
+
+def test_nothing_is_lost_when_a_hold_begins_and_ends_under_load(lab, box_with_receiver):
+    box, receiver = box_with_receiver
+    played = 0
     with numbered(lab, 8000):
         for _ in range(5):
             with held(box) as hold:
                 select.select([], [], [], 0.02)
-                assert hold.release(hold.take()).dropped == 0
+                released = hold.release(hold.take())
+                assert released.dropped == 0
+                played += released.played
     got = datagrams(receiver)
     assert set(got) == set(range(8000))
-    twice = len(got) - 8000
-    late = sum(1 for one, next_one in itertools.pairwise(got) if next_one < one)
-    # Only frames within the 0.1 ms of switching the rules may come twice, or after the next one.
-    assert twice <= 40, f"{twice} came twice"
-    assert late <= 40, f"{late} came late"
+    late = sum(1 for one, next_one in itertools.pairwise(dict.fromkeys(got)) if next_one < one)
+    # Frames may come twice, or after the next, only while rules are being switched: 0.1 ms, or until this thread has
+    # its turn again. In between they are as many as the sender sends.
+    assert late <= 10, f"{late} gaps in the order"
+    assert len(got) - 8000 <= played / 2
 
 
 def test_taking_over_a_hold_leaves_no_gap(lab, box_with_receiver):
     box, receiver = box_with_receiver
-    with held(box), numbered(lab, 4000):
+    with held(box), numbered(lab, 8000):
         for _ in range(30):
             Hold.adopt(box).close()
+    assert silent(receiver, 0)
+
+
+def test_a_hold_that_lacks_one_direction_is_completed(lab, box_with_receiver):
+    box, receiver = box_with_receiver
+    with held(box) as hold:
+        nft.release(hold._pod_rules, nft.release_request(box.pod_table))
+    with closing(Hold.adopt(box)) as hold, numbered(lab, 10):
+        pass
     assert silent(receiver, 0)
 
 
