@@ -10,7 +10,6 @@ Safety rests on how the answers are read, so they are split by reaction:
 Neither an absent record nor an error ever means "mine".
 """
 
-import asyncio
 import json
 import re
 import ssl
@@ -18,13 +17,14 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
-from types import SimpleNamespace, TracebackType
+from types import TracebackType
 from typing import Any, Literal, Protocol, Self, cast, get_args
 
 import aiohttp
 import tenacity
 
 from handlers.errors import Ambiguous, GiveUp, HandlerError, Retry
+from handlers.https import Answer, Https, NotSent, Unanswered, words
 
 Owner = Literal["source", "target", "reclaimed"]
 NewOwner = Literal["target", "reclaimed"]
@@ -147,36 +147,25 @@ class OwnerStore(Protocol):
 class HttpOwnerStore:
     """The owner store of `spotguard owner-store`, over HTTPS with certificates on both sides.
 
-    `url`: https://HOST:PORT. `context`: TLS 1.3 and checking host names, else ValueError; with it `server_name`, the
-    name in the store's certificate, is checked before a request is sent. Use as an async context manager.
+    `url`: https://HOST:PORT. `context`: see https.Https; with it `server_name`, the name in the store's certificate, is
+    checked before a request is sent. `silence_s`: how long a watch may be without a sign of life. Use as an async
+    context manager.
     """
 
     def __init__(self, url: str, context: ssl.SSLContext, server_name: str, *, silence_s: float = 10.0) -> None:
-        if not (context.check_hostname and context.minimum_version >= ssl.TLSVersion.TLSv1_3):
-            raise ValueError("the owner store's client needs a TLS context that checks names and allows only TLS 1.3")
         self._url = url.rstrip("/")
-        self._context = context
+        self._https = Https(context)
         self._server_name = server_name
         self._silence_s = silence_s
-        self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
-        trace = aiohttp.TraceConfig()
-        trace.on_connection_create_end.append(_mark_connected)
-        trace.on_connection_reuseconn.append(_mark_connected)
-        # The server keeps idle connections for longer than this, so that a kept one is alive.
-        connector = aiohttp.TCPConnector(ssl=self._context, limit=0, keepalive_timeout=300)
-        self._session = aiohttp.ClientSession(
-            connector=connector, trace_configs=[trace], timeout=aiohttp.ClientTimeout(total=None)
-        )
+        await self._https.__aenter__()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        await self._https.__aexit__(kind, error, trace)
 
     async def warm(self, deadline: float) -> float:
         """Open the connection that the next call will use, or prove that it is alive; return the round trip in seconds.
@@ -214,14 +203,8 @@ class HttpOwnerStore:
 
     async def watch(self) -> AsyncIterator[OwnerRecord]:
         """Yield records; see OwnerStore. Deletions are not reported."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=self._silence_s, sock_read=self._silence_s)
         try:
-            async with self._open().get(
-                f"{self._url}/v1/watch",
-                server_hostname=self._server_name,
-                timeout=timeout,
-                trace_request_ctx=SimpleNamespace(connected=False),
-            ) as answer:
+            async with self._https.stream(f"{self._url}/v1/watch", self._server_name, self._silence_s) as answer:
                 if answer.status != 200:
                     raise StoreUnreachable(f"the owner store answered {answer.status} to a watch")
                 while line := await answer.content.readline():
@@ -229,41 +212,24 @@ class HttpOwnerStore:
                     if record is not None:
                         yield record
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
-            raise StoreUnreachable(f"watching the owner store broke off: {_words(error)}") from error
+            raise StoreUnreachable(f"watching the owner store broke off: {words(error)}") from error
         raise StoreUnreachable("the owner store ended the watch")
 
     async def _call(
         self, method: str, path: str, deadline: float, body: Mapping[str, str] | None = None
     ) -> Mapping[str, Any]:
         """Send one request and return the object in its answer; every failure becomes one of the errors above."""
-        left = deadline - time.monotonic()
-        if left <= 0:
-            raise StoreUnreachable(f"no time left to ask the owner store: {method} {path}")
-        sent = SimpleNamespace(connected=False)
+        what = f"owner store, {method} {path}"
         try:
-            async with (
-                asyncio.timeout(left),
-                self._open().request(
-                    method,
-                    self._url + path,
-                    json=body,
-                    server_hostname=self._server_name,
-                    trace_request_ctx=sent,
-                    allow_redirects=False,
-                ) as answer,
-            ):
-                status, raw = answer.status, await _limited(answer)
-            return _answer(status, raw)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError, RecursionError) as error:
-            # Before there was a connection, nothing can have been sent; and a read changes nothing at any time.
-            certain = method == "GET" or not sent.connected
-            kind = StoreUnreachable if certain else OwnerUnknown
-            raise kind(f"owner store, {method} {path}: {_words(error)}") from error
-
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            raise RuntimeError("HttpOwnerStore is used outside its 'async with'")
-        return self._session
+            answer = await self._https.ask(
+                method, self._url + path, self._server_name, deadline, body=body, max_answer=MAX_BODY
+            )
+            return _answer(answer)
+        except NotSent as error:
+            raise StoreUnreachable(f"{what}: {error}") from error
+        except (Unanswered, ValueError) as error:
+            # A read changes nothing at any time.
+            raise (StoreUnreachable if method == "GET" else OwnerUnknown)(f"{what}: {error}") from error
 
 
 async def follow(
@@ -293,40 +259,23 @@ async def follow(
             raise StoreUnreachable("the watch ended")
 
 
-async def _mark_connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: object) -> None:
-    context.trace_request_ctx.connected = True
-
-
 def _path(migration: str) -> str:
     if not valid_migration(migration):
         raise ValueError(f"'{migration}' is no migration identifier")
     return f"/v1/migrations/{migration}"
 
 
-async def _limited(answer: aiohttp.ClientResponse) -> bytes:
-    raw = bytearray()
-    while chunk := await answer.content.read(MAX_BODY):
-        raw += chunk
-        if len(raw) > MAX_BODY:
-            raise ValueError(f"the answer is longer than {MAX_BODY} bytes")
-    return bytes(raw)
-
-
-def _answer(status: int, raw: bytes) -> Mapping[str, Any]:
-    """Turn status and body into the answer's object or a certain error; ValueError: this answer says nothing."""
-    body = json.loads(raw) if raw else {}
-    if not isinstance(body, Mapping):
-        raise ValueError("the answer is no JSON object")  # noqa: TRY004 - all unreadable answers alike
-    if status in {200, 201}:
-        return body
-    reason = f"{status} {str(body.get('reason', ''))[:500]}".strip()
-    if status == 404:
-        raise NotFound(reason)
-    if status == 409:
-        raise Conflict(OwnerRecord.from_json(body.get("current")))
-    if 400 <= status < 500:
-        raise Refused(reason)
-    raise ValueError(f"it answered {reason}")
+def _answer(answer: Answer) -> Mapping[str, Any]:
+    """Turn an answer into its object or a certain error; ValueError: it says nothing."""
+    if answer.status in {200, 201}:
+        return answer.body
+    if answer.status == 404:
+        raise NotFound(answer.reason)
+    if answer.status == 409:
+        raise Conflict(OwnerRecord.from_json(answer.body.get("current")))
+    if 400 <= answer.status < 500:
+        raise Refused(answer.reason)
+    raise ValueError(f"it answered {answer.reason}")
 
 
 def _record(body: Mapping[str, Any], migration: str, owner: Owner | None = None) -> OwnerRecord:
@@ -345,7 +294,3 @@ def _change(line: bytes) -> OwnerRecord | None:
     if not isinstance(body, Mapping):
         raise ValueError("a line of the watch is no JSON object")  # noqa: TRY004 - all unreadable lines alike
     return OwnerRecord.from_json(body["record"]) if "record" in body else None
-
-
-def _words(error: BaseException) -> str:
-    return str(error) or type(error).__name__

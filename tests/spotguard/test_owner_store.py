@@ -87,6 +87,14 @@ def test_nobody_comes_back_and_only_the_owner_deletes(table: OwnerTable) -> None
         table.create(NEW, "a")
 
 
+def test_an_identifier_stays_deleted_after_a_restart(tmp_path: Path) -> None:
+    with closing(OwnerTable(tmp_path / "journal")) as table:
+        table.create(NEW, "a")
+        table.delete("m1", "a")
+    with closing(OwnerTable(tmp_path / "journal")) as table, pytest.raises(Refused, match="was deleted"):
+        table.create(NEW, "a")
+
+
 @pytest.mark.parametrize(
     ("record", "by"),
     [
@@ -362,6 +370,24 @@ async def test_a_watch_gives_what_is_and_then_every_change_in_order(connect: Con
             await server._end_watches(server.app())
             with pytest.raises(StoreUnreachable, match="ended"):
                 await anext(records)
+
+
+async def test_a_watch_that_starts_among_changes_misses_none(connect: Connect) -> None:
+    async def watch(store: OwnerStore, wanted: int) -> set[str]:
+        seen: set[str] = set()
+        async with asyncio.timeout(5), aclosing(store.watch()) as records:
+            while len(seen) < wanted:
+                seen.add((await anext(records)).migration)
+        return seen
+
+    async with connect("a") as a, connect("c") as c:
+        names = {f"m{i}" for i in range(60)}
+        watches = []
+        for i, name in enumerate(sorted(names)):
+            if i % 10 == 5:
+                watches.append(asyncio.create_task(watch(c, len(names))))
+            await a.create(replace(NEW, migration=name), soon())
+        assert await asyncio.gather(*watches) == [names] * 6
 
 
 async def test_following_goes_on_over_a_break_with_all_records(connect: Connect, server: OwnerServer) -> None:
