@@ -39,6 +39,7 @@ class Outcome(StrEnum):
     LEFT_TO_EVICTION = "left-to-eviction"  # no time left; runs on untouched until it is evicted
     UNMOVABLE = "unmovable"  # nothing was touched
     RESUMED = "resumed"  # target: it runs here now
+    REFUSED = "refused"  # target: the offer was not taken, nothing was touched
     DESTROYED = "destroyed"  # target: the prepared copy is gone, it never ran
     LOST = "lost"  # the owning copy was damaged and is killed: the workload starts anew from its own storage
 
@@ -74,6 +75,7 @@ class TargetPhase(StrEnum):
     """Where the target stands; RECEIVING waits for the source, the others for the result of one command."""
 
     NEW = "new"
+    ADMITTING = "admitting"
     PREPARING = "preparing"
     RECEIVING = "receiving"
     RESTORING = "restoring"

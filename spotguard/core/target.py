@@ -10,6 +10,8 @@ The rules:
 3. A copy that is damaged (its pager died) never swaps: it only reads, until the source has reclaimed.
 4. Before TAKING the copy owns nothing and may be destroyed at any time, by an abort, a deadline, a restart.
 5. On a verdict YIELD it is destroyed, mute to the end.
+6. An offer is taken up only while the record says `source`. A late repeat of an offer whose migration is over and
+   forgotten here would otherwise begin anew, and undoing that would kill the workload that runs here since.
 
 KeepPager comes before TakeOwnership: an owner whose pager dies with the agent would lose its memory.
 """
@@ -34,7 +36,7 @@ from spotguard.core.events import (
     TargetEvent,
     TimeReached,
 )
-from spotguard.core.ownership import Found, Lost, Verdict, Won, resolve
+from spotguard.core.ownership import Found, Lost, Owner, Verdict, Won, resolve
 from spotguard.core.state import NOBODY, PERSISTED, Mode, Move, Outcome, Record, Role, TargetPhase
 
 P = TargetPhase
@@ -43,6 +45,7 @@ OFFER_TAG = "offer-expires"
 
 # The command whose result each phase waits for. RECEIVING waits for events of the receiver and the source.
 AWAITS: dict[TargetPhase, type[c.Timed]] = {
+    P.ADMITTING: c.ReadOwnership,
     P.PREPARING: c.PrepareSandbox,
     P.RESTORING: c.RestoreProcesses,
     P.KEEPING: c.KeepPager,
@@ -78,7 +81,7 @@ RESUMES_AT: dict[TargetPhase, TargetPhase] = {
     P.DONE: P.DONE,
 }
 
-BUSY_UNOWNED = frozenset({P.PREPARING, P.RESTORING, P.KEEPING})  # a command runs; giving up waits for its end
+BUSY_UNOWNED = frozenset({P.ADMITTING, P.PREPARING, P.RESTORING, P.KEEPING})  # a command runs; giving up waits for its end
 DECIDING = frozenset({P.TAKING, P.READING_OWNER, P.VERIFYING})  # only a verdict ends these
 OWNING = frozenset({P.ROUTING, P.RELEASING, P.THAWING, P.FILLING})
 
@@ -113,7 +116,7 @@ def step(state: TargetState, event: TargetEvent) -> Step:
         case AgentRestarted():
             after = _restart(state, event)
         case StateComplete():
-            after = _restore_when_ready(replace(state, complete=True), event.now)
+            after = _completed(state, event)
         case RestoreRequested():
             after = _requested(state, event)
         case StreamLost() | AbortRequested():
@@ -149,8 +152,8 @@ def record(state: TargetState) -> Record:
 def _offered(state: TargetState, event: Offered) -> Step:
     if state.phase == P.NEW:
         begun = replace(state, move=event.move, deadline=event.deadline, version=event.version)
-        return _enter(begun, P.PREPARING, event.now)
-    if event.move != state.move or state.phase not in {P.PREPARING, P.RECEIVING}:
+        return _enter(begun, P.ADMITTING, event.now)
+    if event.move != state.move or state.phase not in {P.ADMITTING, P.PREPARING, P.RECEIVING}:
         return state, (c.AnswerOffer(accepted=False, reason=f"there is already {state.move.migration}: {state.phase}"),)
     if state.phase == P.RECEIVING:
         return state, (c.AnswerOffer(accepted=True, reason=""),)
@@ -178,13 +181,19 @@ def _restart(state: TargetState, event: AgentRestarted) -> Step:
     return _enter(found, RESUMES_AT[phase], event.now)
 
 
+def _completed(state: TargetState, event: StateComplete) -> Step:
+    if state.phase not in {P.PREPARING, P.RECEIVING}:
+        return _ignore(state, event)
+    return _restore_when_ready(replace(state, complete=True), event.now)
+
+
 def _requested(state: TargetState, event: RestoreRequested) -> Step:
     match state.phase:
         case P.PREPARING | P.RECEIVING:
             return _restore_when_ready(replace(state, restore_by=event.deadline), event.now)
         case P.FILLING:
             return state, (c.AnswerSource(resumed=True, reason=""),)
-        case P.NEW | P.DESTROYING | P.CLEANING | P.DONE:
+        case P.NEW | P.ADMITTING | P.DESTROYING | P.CLEANING | P.DONE:
             resumed = state.outcome == Outcome.RESUMED
             return state, (c.AnswerSource(resumed=resumed, reason=state.reason),)
         case _:
@@ -238,6 +247,8 @@ def _result(state: TargetState, event: Done | Failed | OwnerAnswer) -> Step:
     awaited = AWAITS.get(state.phase)
     if awaited is None or event.command != awaited.__name__ or state.wake is not None:
         return _ignore(state, event)
+    if state.phase == P.ADMITTING:
+        return _admit(state, event)
     if state.phase in BUSY_UNOWNED and state.broken:
         return _destroy(state, state.broken, event.now)
     match event:
@@ -250,6 +261,18 @@ def _result(state: TargetState, event: Done | Failed | OwnerAnswer) -> Step:
         case _:
             assert_never(event)
     return after
+
+
+def _admit(state: TargetState, event: Done | Failed | OwnerAnswer) -> Step:
+    match event:
+        case OwnerAnswer(answer=Found(record)) if record.owner == Owner.SOURCE and not state.broken:
+            return _enter(replace(state, version=record.version), P.PREPARING, event.now)
+        case OwnerAnswer(answer=Found(record)) if not state.broken:
+            reason = f"the owner is {record.owner}"
+        case _:
+            reason = state.broken or "the owner record cannot be read here"
+    refused = replace(state, phase=P.DONE, outcome=Outcome.REFUSED, reason=reason)
+    return refused, (c.AnswerOffer(accepted=False, reason=reason), c.Finished(Outcome.REFUSED, reason))
 
 
 def _succeeded(state: TargetState, event: Done) -> Step:

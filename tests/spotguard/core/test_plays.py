@@ -76,6 +76,7 @@ def failed(command: str, kind: FailureKind = FailureKind.GIVE_UP) -> Failed:
 
 CREATED = owner(c.CreateOwnership, Won, Owner.SOURCE, "1")
 RECLAIMED = owner(c.ReclaimOwnership, Won, Owner.RECLAIMED)
+OFFERED_STILL_SOURCE = owner(c.ReadOwnership, Found, Owner.SOURCE, "1")
 TAKEN = owner(c.TakeOwnership, Won, Owner.TARGET)
 
 
@@ -296,7 +297,8 @@ class TestSource:
 
 def up_to_receiving() -> Play:
     play = target_play()
-    play >> Offered(0, MOVE, END, "1") << "Persist PrepareSandbox"
+    play >> Offered(0, MOVE, END, "1") << "ReadOwnership"
+    play >> OFFERED_STILL_SOURCE << "Persist PrepareSandbox"
     play >> Done(0, "PrepareSandbox") << "AnswerOffer"
     assert play.last(c.AnswerOffer).accepted
     return play
@@ -339,9 +341,22 @@ class TestTarget:
         play >> StateComplete(0) << "RestoreProcesses"
 
     def test_a_refused_offer_leaves_nothing(self) -> None:
-        play = target_play() >> Offered(0, MOVE, END, "1") >> failed("PrepareSandbox")
+        play = target_play() >> Offered(0, MOVE, END, "1") >> OFFERED_STILL_SOURCE >> failed("PrepareSandbox")
         play << "AnswerOffer AnswerSource DestroyRestored"
         assert not play.last(c.AnswerOffer).accepted
+
+    @pytest.mark.parametrize(
+        "answer",
+        [
+            owner(c.ReadOwnership, Found, Owner.TARGET),
+            owner(c.ReadOwnership, Found, Owner.RECLAIMED),
+            OwnerAnswer(0, "ReadOwnership", Unreachable()),
+        ],
+    )
+    def test_an_offer_whose_move_is_over_touches_nothing(self, answer: OwnerAnswer) -> None:
+        play = target_play() >> Offered(0, MOVE, END, "1") >> answer << "AnswerOffer Finished"
+        assert not play.last(c.AnswerOffer).accepted
+        assert play.last(c.Finished).outcome == Outcome.REFUSED
 
     def test_repeated_offers(self) -> None:
         other = Move(migration="m2", workload="shop/redis", source="node-a", target="node-b")
