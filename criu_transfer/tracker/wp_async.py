@@ -125,6 +125,19 @@ class ProcessTracker:
             raise TrackerUnavailable(f"memory of process {handles.pid} cannot be scanned: {error}") from error
         return written
 
+    def pending(self) -> int:
+        """Count the bytes that the next scan would return as of now, of mappings that are known; protects nothing.
+
+        Raises TrackerUnavailable as `scan` does.
+        """
+        handles = self._attached()
+        try:
+            pieces = (piece for vma in self.tracked for piece in self._populated(handles, *vma))
+            written = (self._walk(handles, *piece, 0, kernel.PAGE_IS_WRITTEN) for piece in pieces)
+            return sum(end - start for ranges in written for start, end in ranges)
+        except OSError as error:
+            raise TrackerUnavailable(f"memory of process {handles.pid} cannot be scanned: {error}") from error
+
     def _attached(self) -> _Handles:
         if not self._handles:
             raise TrackerUnavailable("not attached")
