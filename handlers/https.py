@@ -1,6 +1,7 @@
 """Requests with certificates on both sides, whose failures say whether the request can have been read."""
 
 import asyncio
+import io
 import json
 import ssl
 import time
@@ -14,6 +15,7 @@ import aiohttp
 
 # Servers keep idle connections for longer (600 s), so that none of them closes one that is about to be used.
 KEEP_ALIVE_S = 300
+_LARGE = 1 << 19
 
 
 class NotSent(Exception):  # noqa: N818 - named after the finding
@@ -97,11 +99,12 @@ class Https:
     def _request(
         self, method: str, url: str, server_name: str, sent: SimpleNamespace, body: object
     ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
+        raw = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         return self._open().request(
             method,
             url,
-            data=body if isinstance(body, bytes) else None,
-            json=None if isinstance(body, bytes) else body,
+            # aiohttp wants large bodies as a file, for it writes bytes in one piece.
+            data=io.BytesIO(raw) if raw and len(raw) > _LARGE else raw,
             server_hostname=server_name,
             trace_request_ctx=sent,
             allow_redirects=False,
