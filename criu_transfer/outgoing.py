@@ -8,6 +8,7 @@ or page that was never tracked is in CRIU's own dump.
 """
 
 import shutil
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from criu_transfer import checkpoint, images
-from criu_transfer.errors import DumpFailed, TrackerUnavailable
+from criu_transfer.errors import DeadlinePassed, DumpFailed, TrackerUnavailable
 from criu_transfer.maps import Vma, read_maps
 from criu_transfer.messages import Mode
 from criu_transfer.proctree import Process, processes_of
@@ -28,7 +29,7 @@ KERNEL_MAPPINGS = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]", "[vdso]", 
 
 @dataclass(frozen=True, slots=True)
 class RoundResult:
-    """What one round did; `written_bytes` is what its scan found, so what the next one would have to send."""
+    """What one round did; `written_bytes` were written while it ran: the next one's work."""
 
     sent_bytes: int
     written_bytes: int
@@ -37,9 +38,9 @@ class RoundResult:
 
 @dataclass(slots=True)
 class Capture:
-    """How long each part of the capture took, in seconds, and what it sent, in bytes."""
+    """What a capture did. `steps`: name, start (monotonic) and length in seconds; sizes in bytes."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
+    steps: list[tuple[str, float, float]] = field(default_factory=list)
     residual_bytes: int = 0
     debt_bytes: int = 0
     image_bytes: int = 0
@@ -67,17 +68,17 @@ class Outgoing:
         self._tools = tools
         self._sender = sender
         self._trackers: dict[Process, ProcessTracker] = {}
+        self._stopped = threading.Event()
 
     def attach(self, deadline: float) -> None:
-        """Start tracking every process that is there. Raises TrackerUnavailable; then nothing is tracked."""
-        try:
-            for process in processes_of(self._cgroup):
-                self._attach(process, deadline)
-        except TrackerUnavailable:
-            self.detach()
-            raise
+        """Start tracking every process that is there. Raises TrackerUnavailable when not one of them can be.
+
+        One that cannot (it is exiting, or waits for its vfork child) is tried again in each round; until then its
+        memory is CRIU's.
+        """
+        refused = self._attach_new(processes_of(self._cgroup), deadline)
         if not self._trackers:
-            raise TrackerUnavailable(f"no process of {self._container} could be tracked")
+            raise TrackerUnavailable("; ".join(refused) or f"{self._container} has no process")
 
     def detach(self) -> None:
         """Stop tracking; the processes run at full speed again."""
@@ -85,24 +86,31 @@ class Outgoing:
             tracker.detach()
         self._trackers.clear()
 
+    def stop(self) -> None:
+        """Make the round that is under way, if any, end before its next process; from any thread."""
+        self._stopped.set()
+
     def round(self, deadline: float) -> RoundResult:
-        """Send what was written since the last round, files too. New processes are tracked from here on."""
+        """Send what was written since the last round, files too. New processes are tracked from here on.
+
+        Raises DeadlinePassed when it was stopped: what was not sent is owed, and sent at the capture.
+        """
+        self._stopped.clear()
         start = time.monotonic()
         alive = processes_of(self._cgroup)
         for gone in self._trackers.keys() - set(alive):
             self._trackers.pop(gone).detach()
-        for process in alive:
-            if process not in self._trackers:
-                self._attach(process, deadline)
-        written = sent = 0
-        for process, tracker in self._trackers.items():
-            ranges = tracker.scan()
-            written += sum(end - begin for begin, end in ranges)
+        self._attach_new(alive, deadline)
+        sent = 0
+        for process in list(self._trackers):
+            self._check_stopped()
+            ranges = self._scan(process)
             sent += self._sender.send_pages(process, ranges, deadline).bytes
         for name, directory in self._trees.items():
+            self._check_stopped()
             sent += self._sender.send_tree(name, directory, deadline).bytes
         self._sender.mark(deadline)
-        return RoundResult(sent, written, time.monotonic() - start)
+        return RoundResult(sent, self._pending(), time.monotonic() - start)
 
     def capture(self, mode: Mode, deadline: float) -> Capture:
         """Capture the frozen container and send all of it, END included; returns when the receiver has acknowledged.
@@ -110,13 +118,14 @@ class Outgoing:
         END is sent only after the dump has succeeded. Raises DumpFailed, PeerGone, StateMissing, DeadlinePassed.
         """
         done = Capture()
-        clock = _Stopwatch(done.seconds)
+        clock = _Stopwatch(done.steps)
         image_dir = self._fresh("images")
         frozen = processes_of(self._cgroup)
         if mode is Mode.STOP_AND_COPY:
             self.detach()
         tracked = {p: self._trackers[p] for p in frozen if p in self._trackers}
-        written = {process: tracker.scan(frozen=True) for process, tracker in tracked.items()}
+        written = {process: self._scan(process) for process in tracked}
+        tracked = {process: tracker for process, tracker in tracked.items() if process in self._trackers}
         parent = self._write_parent(list(tracked)) if tracked else None
         clock.lap("scan")
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dump") as pool:
@@ -125,7 +134,7 @@ class Outgoing:
             )
             for process, ranges in written.items():
                 done.residual_bytes += self._sender.send_pages(process, ranges, deadline).bytes
-            done.seconds["residual"] = time.monotonic() - clock.last
+            done.steps.append(("residual", clock.last, time.monotonic() - clock.last))
             dump.result()
         clock.lap("dump")
         done.debt_bytes = self._pay_debt(image_dir, tracked, deadline)
@@ -146,13 +155,43 @@ class Outgoing:
         self.detach()
         shutil.rmtree(self._work_dir, ignore_errors=True)
 
-    def _attach(self, process: Process, deadline: float) -> None:
-        """Track one process; one that has ended meanwhile is none of our business any more."""
+    def _attach_new(self, processes: list[Process], deadline: float) -> list[str]:
+        """Track every process that is not tracked yet; returns why some could not be."""
+        refused = []
+        for process in processes:
+            if process in self._trackers:
+                continue
+            tracker = ProcessTracker()
+            try:
+                tracker.attach(process, deadline)
+            except TrackerUnavailable as reason:
+                refused.append(str(reason))
+                continue
+            self._trackers[process] = tracker
+            self._sender.announce(process, deadline)
+        return refused
+
+    def _scan(self, process: Process) -> list[tuple[int, int]]:
+        """Scan one process; one that has exited or runs another program loses its tracker, and nothing else."""
         try:
-            self._trackers[process] = ProcessTracker.attach(process, deadline)
-        except ProcessLookupError:
-            return
-        self._sender.announce(process, deadline)
+            return self._trackers[process].scan()
+        except TrackerUnavailable:
+            self._trackers.pop(process).detach()
+            return []
+
+    def _pending(self) -> int:
+        """Count what has been written since the scans, to tell whether another round is worth it."""
+        total = 0
+        for process in list(self._trackers):
+            try:
+                total += self._trackers[process].pending()
+            except TrackerUnavailable:
+                self._trackers.pop(process).detach()
+        return total
+
+    def _check_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise DeadlinePassed("the round was stopped")
 
     def _fresh(self, name: str) -> Path:
         path = self._work_dir / name
@@ -184,13 +223,13 @@ class Outgoing:
 
 
 class _Stopwatch:
-    """Writes laps into a dictionary."""
+    """Notes steps that follow one another."""
 
-    def __init__(self, laps: dict[str, float]) -> None:
-        self._laps = laps
+    def __init__(self, steps: list[tuple[str, float, float]]) -> None:
+        self._steps = steps
         self.last = time.monotonic()
 
     def lap(self, name: str) -> None:
         now = time.monotonic()
-        self._laps[name] = now - self.last
+        self._steps.append((name, self.last, now - self.last))
         self.last = now

@@ -36,9 +36,7 @@ def write_criu_settings(directory: Path, *, cgroup: Path, parking: Path) -> Path
     return settings
 
 
-def restore(
-    container: str, bundle: Path, image_dir: Path, *, lazy: bool, tools: Tools, deadline: float
-) -> None:
+def restore(container: str, bundle: Path, image_dir: Path, *, lazy: bool, tools: Tools, deadline: float) -> None:
     """Restore a container from `image_dir` under the bundle; it is frozen when this returns.
 
     `lazy`: memory comes from the pager that listens in `image_dir`. Raises RestoreFailed, DeadlinePassed; then the

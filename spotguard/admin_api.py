@@ -51,9 +51,7 @@ def make_app(port: AdminPort, log: EventLog) -> web.Application:
         return web.json_response({"migration": migration}, status=202)
 
     app = web.Application(client_max_size=16 << 10)
-    app.add_routes(
-        [web.get("/v1/events", events), web.get("/v1/status", status), web.post("/v1/migrations", move)]
-    )
+    app.add_routes([web.get("/v1/events", events), web.get("/v1/status", status), web.post("/v1/migrations", move)])
     return app
 
 

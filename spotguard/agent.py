@@ -10,10 +10,10 @@ from pathlib import Path
 
 import structlog
 from aiohttp import web
+from criu_transfer.tracker.selftest import selftest
 
 from criu_transfer import checkpoint
 from criu_transfer.errors import TransferError
-from criu_transfer.tracker.selftest import selftest
 from handlers.control import ControlClient
 from handlers.errors import HandlerError
 from handlers.imds import ImdsFailure, ImdsPoller
@@ -112,10 +112,14 @@ async def run(args: argparse.Namespace) -> int:
                 _LOG.info("agent ready", node=settings.node.name, tracker=tracker_reason or "wp-async")
                 log.add("ready", node=settings.node.name, tracker=tracker_reason or "wp-async")
                 await stop.wait()
-                raise _Stopped
+                _stop()
         except* _Stopped:
             _LOG.info("agent stopped")
     return 0
+
+
+def _stop() -> None:
+    raise _Stopped
 
 
 class _Stopped(Exception):  # noqa: N818 - not an error
@@ -190,7 +194,7 @@ class _serve_http:  # noqa: N801 - used as a function
 
 
 async def follow_routes(parts: Parts) -> None:
-    """Point this node's route of every moved pod to its owner; the owner's own node is the target machine's business."""
+    """Point this node's route of every moved pod to its owner; on the owner's node the target's machine does it."""
     here = parts.settings.node.name
 
     async def apply(record: OwnerRecord) -> None:

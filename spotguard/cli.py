@@ -20,7 +20,8 @@ COMMANDS = {
 
 def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """Build the parser; with `only`, load that command's module alone, for imports cost memory and time."""
-    parser = argparse.ArgumentParser(prog="spotguard", description="Moves running containers off interrupted Spot nodes.")
+    about = "Moves running containers off interrupted Spot nodes."
+    parser = argparse.ArgumentParser(prog="spotguard", description=about)
     parser.add_argument("--version", action="version", version=f"spotguard {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, text) in COMMANDS.items():

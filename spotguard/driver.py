@@ -192,5 +192,3 @@ def _words(event: Event | None) -> str:
             return f"{command}: {answer}"
         case _:
             return type(event).__name__
-
-

@@ -14,6 +14,7 @@ from spotguard.core.events import (
     AbortRequested,
     AgentRestarted,
     DeadlineMoved,
+    Event,
     NoticeWithdrawn,
     Offered,
     RestoreRequested,
@@ -52,7 +53,7 @@ class Migrations:
     # --- source -----------------------------------------------------------------------------------------------------
 
     def start(self, move: Move, deadline: float, mode: Mode, ended: Callable[[str, Outcome], None]) -> None:
-        """Move a workload away from here; `ended` is called with workload and outcome. Raises GiveUp when it is unknown."""
+        """Move a workload away; `ended` is called with workload and outcome. Raises GiveUp when that cannot be."""
         if move.workload in self._leaving:
             raise GiveUp(f"{move.workload} is being moved already")
         driver = self._source_driver(move)
@@ -91,7 +92,7 @@ class Migrations:
 
         self._tasks.create_task(run(), name=f"source of {move.migration}")
 
-    # --- target: what the control API opens onto ------------------------------------------------------------------------
+    # --- target: what the control API opens onto --------------------------------------------------------------------
 
     async def offer(self, peer: str, offer: Offer, deadline: float) -> OfferAnswer:
         """Prepare for a workload that `peer` wants to send. Raises GiveUp with the reason when that cannot be."""
@@ -119,15 +120,17 @@ class Migrations:
         wanted = TransferLimits(max_memory=offer.max_memory, max_images=offer.max_images, max_files=offer.max_files)
         if wanted.max_memory > transfer.store_memory_max or wanted.max_images > transfer.max_image_bytes:
             raise GiveUp(
-                f"{wanted.max_memory} bytes of memory and {wanted.max_images} of images are announced, this node takes "
-                f"{transfer.store_memory_max} and {transfer.max_image_bytes} (transfer.store_memory_max, max_image_bytes)"
+                f"announced are {wanted.max_memory} bytes of memory and {wanted.max_images} of images; this node takes "
+                f"{transfer.store_memory_max} and {transfer.max_image_bytes} (settings transfer.store_memory_max, "
+                "transfer.max_image_bytes)"
             )
         return wanted
 
-    def _target_driver(
-        self, move: Move, manifest: PodManifest, limits: TransferLimits
-    ) -> tuple[Driver, TargetEffects]:
-        effects = TargetEffects(self._parts, move, manifest, limits, lambda event: driver.post(event))
+    def _target_driver(self, move: Move, manifest: PodManifest, limits: TransferLimits) -> tuple[Driver, TargetEffects]:
+        def post(event: Event) -> None:
+            driver.post(event)
+
+        effects = TargetEffects(self._parts, move, manifest, limits, post)
         driver = Driver(
             move.migration,
             target.step,

@@ -4,7 +4,7 @@ import asyncio
 import uuid
 from typing import Any
 
-from criu_transfer import preflight
+from criu_transfer import soundness
 from criu_transfer.proctree import processes_of
 from handlers.errors import GiveUp
 from handlers.notice import Notice, NoticeEvent, NoticeWithdrawn
@@ -124,7 +124,7 @@ class NodeDriver:
 
     def _pod(self, name: str, target: str) -> events.Pod:
         processes = processes_of(self._parts.pod_cgroup(name).path)
-        return events.Pod(name, target, memory_bytes=preflight.memory_bytes(processes))
+        return events.Pod(name, target, memory_bytes=soundness.memory_bytes(processes))
 
     def _target(self) -> str | None:
         """Choose where to go; the first peer, until a planner does better."""
@@ -139,5 +139,3 @@ def status(parts: Parts, driver: NodeDriver, migrations: Migrations) -> dict[str
         "tracker": parts.tracker_reason or "wp-async",
         "migrations": migrations.summary(),
     }
-
-

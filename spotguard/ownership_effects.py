@@ -35,9 +35,7 @@ class Ownership:
         """Perform an ownership command; every outcome is an answer, none an exception. `now` stamps the event."""
         return OwnerAnswer(now, command.name, await self._ask(command))
 
-    async def _ask(
-        self, command: c.CreateOwnership | c.ReadOwnership | c.ReclaimOwnership | c.TakeOwnership
-    ) -> Answer:
+    async def _ask(self, command: c.CreateOwnership | c.ReadOwnership | c.ReclaimOwnership | c.TakeOwnership) -> Answer:
         migration = self._move.migration
         match command:
             case c.CreateOwnership():
@@ -57,9 +55,7 @@ class Ownership:
                 swap = self._store.compare_and_swap(migration, version, "reclaimed", command.deadline)
                 return await _answer(swap)
             case c.TakeOwnership(version=version):
-                return await _answer(
-                    self._store.compare_and_swap(migration, version, "target", command.deadline)
-                )
+                return await _answer(self._store.compare_and_swap(migration, version, "target", command.deadline))
 
 
 async def _answer(call: Awaitable[store_api.OwnerRecord]) -> Answer:

@@ -1,26 +1,21 @@
 """Performs the commands of the source's machine on real processes, runc, the network and the wire."""
 
 import asyncio
-import errno
 import shutil
-from contextlib import suppress
-from typing import assert_never
 
 import tenacity
+from criu_transfer.sender import Sender
 
-from criu_transfer import preflight, stream
+from criu_transfer import preflight, soundness, stream
 from criu_transfer.errors import DeadlinePassed, GiveUp, TrackerUnavailable
 from criu_transfer.maps import Vma
 from criu_transfer.messages import Hello
 from criu_transfer.messages import Mode as WireMode
 from criu_transfer.outgoing import Outgoing
 from criu_transfer.proctree import processes_of
-from criu_transfer.restore import write_criu_settings
-from criu_transfer.sender import Sender
 from handlers import bundle as bundles
 from handlers.control import Offer
-from handlers.errors import HandlerError
-from handlers.network import backlog, routes, sandbox
+from handlers.network import backlog, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
 from spotguard.core.events import Checked, Event, FailureKind, RoundCopied, TargetAnswered
@@ -125,7 +120,7 @@ class SourceEffects:
         reasons = found.reasons
         if wanted == "live" and reason:
             reasons = (*reasons, f"transfer.mode is live, but: {reason}")
-        memory = await asyncio.to_thread(preflight.memory_bytes, processes)
+        memory = await asyncio.to_thread(soundness.memory_bytes, processes)
         return Checked(
             self._now(),
             movable=found.movable and not (wanted == "live" and reason),
@@ -188,8 +183,13 @@ class SourceEffects:
 
     async def _round(self, command: c.CopyRound) -> RoundCopied:
         result = await asyncio.to_thread(self._transfer().round, command.deadline)
-        self._log("round", number=command.number, bytes=result.sent_bytes, written=result.written_bytes,
-                  seconds=result.seconds)
+        self._log(
+            "round",
+            number=command.number,
+            bytes=result.sent_bytes,
+            written=result.written_bytes,
+            seconds=result.seconds,
+        )
         return RoundCopied(
             self._now(),
             number=command.number,
@@ -203,8 +203,10 @@ class SourceEffects:
     async def _hold_network(self, command: c.HoldNetwork) -> None:
         start = self._now()
         self._engage()
-        self._log("freeze-step", step="hold", seconds=self._now() - start)
-        await self._parts.clock.sleep_until(min(self._now() + DRAIN_SECONDS, command.deadline))
+        held = self._now()
+        self._log("freeze-step", step="hold", start=start, seconds=held - start)
+        await self._parts.clock.sleep_until(min(held + DRAIN_SECONDS, command.deadline))
+        self._log("freeze-step", step="drain", start=held, seconds=self._now() - held)
 
     def _engage(self) -> None:
         if self._hold is None:
@@ -233,7 +235,7 @@ class SourceEffects:
         async for attempt in retrying:
             with attempt:
                 await asyncio.to_thread(self._freeze_once, command.deadline)
-        self._log("freeze-step", step="freeze", seconds=self._now() - start)
+        self._log("freeze-step", step="freeze", start=start, seconds=self._now() - start)
 
     def _freeze_once(self, deadline: float) -> None:
         self._cgroup.freeze(deadline)
@@ -250,8 +252,8 @@ class SourceEffects:
         self._forwarder.add(self._hold.take_sent())
         mode = WireMode.LIVE if command.mode is Mode.LIVE else WireMode.STOP_AND_COPY
         done = await asyncio.to_thread(outgoing.capture, mode, command.deadline)
-        for step, seconds in done.seconds.items():
-            self._log("freeze-step", step=step, seconds=seconds)
+        for step, start, seconds in done.steps:
+            self._log("freeze-step", step=step, start=start, seconds=seconds)
         self._log(
             "captured",
             residual_bytes=done.residual_bytes,
@@ -264,8 +266,6 @@ class SourceEffects:
         if self._forwarder is not None:
             self._forwarder.start_sending()
         answer = await self._parts.control.restore(self._move.target, self._move.migration, command.deadline)
-        for step, seconds in answer.timings.items():
-            self._log("freeze-step", step=step, seconds=seconds)
         if answer.resumed:
             self._log("resumed", frames_held=self._forwarder.count if self._forwarder else 0)
         return TargetAnswered(self._now(), resumed=answer.resumed, reason=answer.reason)
@@ -281,10 +281,7 @@ class SourceEffects:
         processes = processes_of(self._cgroup.path)
         if not processes:
             raise GiveUp("no process is left")
-        for process in processes:
-            preflight.check_untraced(process)
-        if self._maps is not None and self._maps != {p.pid: preflight.maps_of(p) for p in processes}:
-            raise GiveUp("the processes' mappings are not what they were before the dump")
+        soundness.check(processes, self._maps)
 
     async def _release(self) -> None:
         if self._hold is None:
@@ -296,7 +293,7 @@ class SourceEffects:
             self._forwarder.collect()
             await self._forwarder.stop()
             kept = self._forwarder.kept
-        self._hold.release(*split_by_direction(kept, self._manifest.address))
+        self._hold.release(*frames.by_direction(kept, self._manifest.address))
         self._hold.close()
         self._hold = self._forwarder = None
 
@@ -310,7 +307,7 @@ class SourceEffects:
         """Let the node forward what still comes here, then send on what the hold has caught until now."""
         self._handed_over = True
         target = self._parts.control.address_of(self._move.target)
-        await asyncio.to_thread(routes.point, self._manifest.address, via=target)
+        await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, via=target))
         if self._forwarder is not None:
             self._forwarder.start_sending()
             await self._forwarder.flush()

@@ -159,7 +159,8 @@ class TargetEffects:
         match event.get("event"):
             case "state-complete":
                 self._lazy = event.get("mode") == "live"
-                self.answers.timings["rewrite"] = float(event.get("rewrite_s", 0.0))
+                rewrite = float(event.get("rewrite_s", 0.0))
+                self._log("freeze-step", step="rewrite", start=now - rewrite, seconds=rewrite)
                 self._post(StateComplete(now))
             case "failed":
                 self._post(StreamLost(now, str(event.get("error", "the receiver failed"))))
@@ -204,7 +205,7 @@ class TargetEffects:
 
     async def _move_route(self) -> None:
         box = self._box()
-        await asyncio.to_thread(routes.point, self._manifest.address, dev=box.host_dev)
+        await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, dev=box.host_dev))
 
     @property
     def _released(self) -> bool:
@@ -220,8 +221,7 @@ class TargetEffects:
 
     def _play_late(self, taken: list[bytes]) -> None:
         if self._hold is not None:
-            play, sent = frames.by_direction(taken, self._manifest.address)
-            self._hold.play(play, sent)
+            self._hold.play(frames.by_direction(taken, self._manifest.address)[0])
 
     async def _await_fill(self, command: c.AwaitFill) -> None:
         if not self._lazy or (self._receiver is not None and not self._receiver.alive):
@@ -264,7 +264,7 @@ class TargetEffects:
         start = self._now()
         result = await work
         self.answers.timings[step] = self._now() - start
-        self._log("freeze-step", step=step, seconds=self._now() - start)
+        self._log("freeze-step", step=step, start=start, seconds=self._now() - start)
         return result
 
     def _answer(self, future: "asyncio.Future[tuple[bool, str]]", good: bool, reason: str) -> None:

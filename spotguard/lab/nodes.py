@@ -1,8 +1,8 @@
 """Nodes of the lab: each with its own mount, pid, network, uts and ipc namespaces and cgroup, on one bridge.
 
-    lab namespace (this process): bridge 10.77.0.1, owner store, metadata simulators
-      ├─ node-a 10.77.0.11      ├─ node-b 10.77.0.12
-      └─ client 10.77.0.50 (a network namespace only)
+lab namespace (this process): bridge 10.77.0.1, owner store, metadata simulators
+  ├─ node-a 10.77.0.11      ├─ node-b 10.77.0.12
+  └─ client 10.77.0.50 (a network namespace only)
 """
 
 import os
@@ -29,7 +29,7 @@ mount --bind "$NODE_ETC" /etc/spotguard
 mount -t proc proc /proc
 mount -t tmpfs -o mode=1777 tmpfs /tmp
 mount -t tmpfs -o mode=755 tmpfs /run
-mount -t tmpfs -o mode=700 tmpfs /var/lib/spotguard
+mount -t tmpfs -o mode=711 tmpfs /var/lib/spotguard
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t sysfs sysfs /sys
 mount -t cgroup2 cgroup2 /sys/fs/cgroup
@@ -65,7 +65,7 @@ class Host:
     processes: list[subprocess.Popen[str]] = field(default_factory=list)
 
     def popen(self, command: Sequence[str], *, output: IO[str] | int, pipes: bool = False) -> subprocess.Popen[str]:
-        """Start a command inside; it is ended with the host. `pipes`: talk to it by stdin and stdout, output is stderr."""
+        """Start a command inside, ended with the host. `pipes`: talk to it by stdin and stdout; output is stderr's."""
         process = subprocess.Popen(
             [*self.enter, *command],
             stdin=subprocess.PIPE if pipes else subprocess.DEVNULL,
@@ -114,7 +114,7 @@ class Node(Host):
 
     def die(self) -> None:
         """End the node as the end of an instance does: everything at once, no signal first."""
-        for directory in (self.cgroup / "pods").glob("*"):
+        for directory in (self.cgroup / "pods").glob("*/"):
             (directory / "cgroup.kill").write_text("1")
         if self.init and self.init.poll() is None:
             os.kill(self.pid, signal.SIGKILL)
