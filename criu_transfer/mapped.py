@@ -10,7 +10,6 @@ from criu_transfer.holes import punch_hole
 from criu_transfer.ranges import RangeSet
 
 _WINDOW = 64 << 20
-_PUNCH_STEP = 16 << 20
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -27,7 +26,6 @@ class MappedStore:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._windows: dict[int, int] = {}
-        self._spent = RangeSet()
 
     def segment(self, start: int, end: int) -> tuple[bool, int]:
         """Look at the file from `start` on: whether there are bytes or a hole, and where that ends, at most `end`.
@@ -53,20 +51,14 @@ class MappedStore:
             base = self._windows[number] = self._map(number * _WINDOW)
         return base + inside
 
-    def spend(self, start: int, end: int) -> bool:
-        """Note that [start, end) has been filled in; tell whether enough has come together to `free` it."""
-        self._spent.add(start, end)
-        return self._spent.total >= _PUNCH_STEP
-
-    def free(self, needed: Iterable[tuple[int, int]]) -> None:
-        """Free the RAM of what has been spent, except for `needed`: what other processes still have to get."""
+    def free(self, spent: RangeSet, needed: Iterable[tuple[int, int]]) -> None:
+        """Free the RAM of `spent`, except for `needed`: what other processes still have to get from here."""
         kept = RangeSet()
         for low, high in needed:
             kept.add(low, high)
-        for low, high in self._spent:
+        for low, high in spent:
             for here, there in kept.missing(low, high):
                 punch_hole(self._fd, here, there - here)
-        self._spent = RangeSet()
 
     def _map(self, offset: int) -> int:
         address = _libc.mmap(None, _WINDOW, mmap.PROT_READ, mmap.MAP_SHARED, self._fd, offset)

@@ -28,6 +28,7 @@ from criu_transfer import uffd
 from criu_transfer.errors import RestoreFailed
 from criu_transfer.keeper import Keeper, Notify
 from criu_transfer.mapped import MappedStore
+from criu_transfer.ranges import RangeSet
 from criu_transfer.rewrite import PageSource
 from criu_transfer.takeover import Kind, Ledger, Link, Memory, Record, State
 
@@ -37,6 +38,7 @@ _FINISHED = 0x52535446
 _PID = struct.Struct("=i")
 _BACKGROUND = 1 << 20
 _AROUND_FAULT = 64 << 10
+_FREE_BYTES = 16 << 20
 _SNAPSHOT_BYTES = 256 << 20
 _SNAPSHOT_RECORDS = 4096
 # How long to wait before the kernel is asked again: it has an event in work; the container's memory limit is reached.
@@ -111,6 +113,7 @@ class _Process:
     step: int = _BACKGROUND  # bytes to try at once
     doubts: set[int] = field(default_factory=set)  # pages that had no mapping, tried once
     gone: bool = False
+    spent: RangeSet = field(default_factory=RangeSet)  # offsets whose RAM can be freed, as far as this one goes
 
 
 class Pager:
@@ -342,16 +345,23 @@ class Pager:
         process.memory.missing.discard(start, start + done)
         self._bytes += done
         self._since_snapshot += done
-        if self._stores[process.memory.vpid].spend(offset, offset + done):
-            self._free(process.memory)
+        process.spent.add(offset, offset + done)
+        if process.spent.total >= _FREE_BYTES and not self._others(process):
+            self._free(process)
         if self._since_snapshot >= _SNAPSHOT_BYTES or self._ledger.records >= _SNAPSHOT_RECORDS:
             self._ledger.snapshot(self._state.memories)
             self._since_snapshot = 0
 
-    def _free(self, memory: Memory) -> None:
-        """Free the RAM of what has been filled in, except for what forked processes have still to get."""
-        others = (other for other in self._state.memories.values() if other.vpid == memory.vpid and other is not memory)
-        self._stores[memory.vpid].free([piece for other in others for piece in other.missing.offsets()])
+    def _others(self, process: _Process) -> list[Memory]:
+        """List the memories that are filled from the same store, because of forks."""
+        memory = process.memory
+        return [each for each in self._state.memories.values() if each.vpid == memory.vpid and each is not memory]
+
+    def _free(self, process: _Process) -> None:
+        """Free the store's RAM of what this process has got, except for what others still have to get."""
+        needed = [piece for other in self._others(process) for piece in other.missing.offsets()]
+        self._stores[process.memory.vpid].free(process.spent, needed)
+        process.spent = RangeSet()
 
     def _retire(self) -> None:
         """Let go of the processes that lack nothing any more: the kernel then wakes who still waits there."""
@@ -359,7 +369,7 @@ class Pager:
             if process.gone or not (process.memory.missing or process.waiting):
                 self._poll.unregister(process.fd)
                 if process.memory.vpid in self._stores:
-                    self._free(process.memory)
+                    self._free(process)
                 self._note(Record(Kind.DONE, process.key))
                 self._link.close(process.key)
                 os.close(process.fd)

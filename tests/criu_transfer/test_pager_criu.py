@@ -256,7 +256,7 @@ def test_memory_that_changes_while_it_comes_is_what_it_should_be(lab: Lab) -> No
 
 
 def test_faults_alone_bring_everything_while_the_gate_is_shut(lab: Lab) -> None:
-    lab.dump(300, children=1)
+    lab.dump(1501, children=1)
     gate, theirs = socket.socketpair()
     lab.serve(gate=gate.fileno())
     gate.close()
@@ -266,7 +266,7 @@ def test_faults_alone_bring_everything_while_the_gate_is_shut(lab: Lab) -> None:
     assert not [event for event in lab.events if event["event"] == "filled"]
     theirs.send(b"open")
     assert lab.keeper_status() == 0
-    assert lab.event("filled")["faults"] > 300
+    assert lab.event("filled")["faults"] > 1500
     theirs.close()
 
 
