@@ -5,6 +5,7 @@ reaction: `Refused` (the target says no, and why), `Unreachable` (the target can
 have done it: the owner record has the last word).
 """
 
+import asyncio
 import math
 import platform
 import ssl
@@ -220,6 +221,13 @@ class ControlClient:
     def address_of(self, node: str) -> str:
         """Return a node's address; raises Refused for one that is no peer."""
         return self._address(node)[0]
+
+    async def warm(self, node: str, deadline: float) -> None:
+        """Open two connections to `node` for what comes: one for the restore, one for frames that go on meanwhile.
+
+        Call it shortly before the freeze, which then holds no handshake.
+        """
+        await asyncio.gather(*(self._ask(node, "GET", "", deadline, read=dict) for _ in range(2)))
 
     async def offer(self, node: str, offer: Offer, deadline: float) -> OfferAnswer:
         """Ask `node` to prepare for a workload."""

@@ -2,6 +2,7 @@
 
 | request | body | answer |
 |---|---|---|
+| GET /v1/migrations | | 200 {"protocol"}; only opens a connection |
 | POST /v1/migrations | HEAD and "offer": OFFER | 201 {"stream_host", "stream_port"} |
 | POST /v1/migrations/ID/restore | HEAD | 200 {"outcome", "reason", "timings"} |
 | POST /v1/migrations/ID/frames | bytes | 200 {} |
@@ -65,6 +66,7 @@ def make_app(target: TargetPort, machine: Machine | None = None) -> web.Applicat
     api = _Api(target, machine or Machine.here())
     # The largest body is a block of frames; offers are checked when they are read.
     app = web.Application(client_max_size=MAX_FRAMES, middlewares=[_guard])
+    app.router.add_get("/v1/migrations", api.hello)
     app.router.add_post("/v1/migrations", api.offer)
     app.router.add_post(f"/v1/migrations/{_UUID}/restore", api.restore)
     app.router.add_post(f"/v1/migrations/{_UUID}/frames", api.frames)
@@ -100,6 +102,9 @@ class _Api:
         self._target = target
         self._machine = machine
         self._offered_by: dict[str, str] = {}
+
+    async def hello(self, _: web.Request) -> web.StreamResponse:
+        return web.json_response({"protocol": PROTOCOL})
 
     async def offer(self, request: web.Request) -> web.StreamResponse:
         body, deadline = await _head(request)

@@ -133,6 +133,20 @@ async def test_a_migration_by_the_control_api(connect: Connect, target: Target) 
     assert [call[0] for call in target.asked] == ["offer", "frames", "restore", "status", "abort"]
 
 
+async def test_warm_connections_carry_a_restore_and_frames_at_once(target: Target, identities: Identities) -> None:
+    context = pki.ssl_context(identities["b"], server_side=True)
+    handshakes: list[str | None] = []
+    context.sni_callback = lambda _socket, name, _context: handshakes.append(name)
+    target.delay_s = 0.05
+    async with control_api.serve(target, context, "127.0.0.1", 0, HERE) as port:
+        client = pki.ssl_context(identities["a"], server_side=False)
+        async with ControlClient(client, {"b": ("127.0.0.1", port)}) as a:
+            await a.warm("b", soon())
+            assert handshakes == ["b", "b"]
+            await asyncio.gather(a.restore("b", ID, soon()), a.frames("b", ID, b"x", soon()))
+    assert len(handshakes) == 2
+
+
 async def test_times_travel_as_time_left() -> None:
     assert 59 < OFFER.expires_in_s <= 60
     late = Offer.new(
