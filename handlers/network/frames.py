@@ -99,6 +99,16 @@ def readdress(frame: bytes, *, to: bytes, sender: bytes) -> bytes:
     return frame[:_ETHERNET] + to + sender + frame[_ETHERNET + 12 :]
 
 
+def by_direction(frames: Iterable[bytes], address: str) -> tuple[list[bytes], list[bytes]]:
+    """Split frames that `check` accepts into those for the pod with `address` and those that it sent, in order."""
+    pod = ipaddress.ip_address(address)
+    incoming: list[bytes] = []
+    outgoing: list[bytes] = []
+    for frame in frames:
+        (outgoing if source(frame) == pod else incoming).append(frame)
+    return incoming, outgoing
+
+
 def keep_oldest(frames: Iterable[bytes], limit: int = MAX_BLOCK) -> tuple[list[bytes], int]:
     """Return the first frames that fit one block of `limit` bytes, and how many were left out.
 

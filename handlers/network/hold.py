@@ -156,6 +156,10 @@ class Hold:
         """Give the pod, after the release, frames that came to its old node; return how many were played."""
         return self._play_in(late)
 
+    def play(self, late: Sequence[bytes]) -> int:
+        """Give the pod frames that come after the release, as those that the source still gets; returns how many."""
+        return self._play_in(late)
+
     def close(self) -> None:
         """Close the sockets. The rules stay, unless `release` has removed them."""
         self._resources.close()

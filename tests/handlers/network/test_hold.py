@@ -264,6 +264,40 @@ def test_held_datagrams_arrive_once_and_in_order(lab, box_with_receiver):
     assert datagrams(receiver) == [*range(500)] * 3 + [*range(10)]
 
 
+def test_a_frame_that_comes_while_the_rules_are_set_is_kept(lab, box_with_receiver, monkeypatch):
+    box, receiver = box_with_receiver
+    with closing(Hold.prepare(box)) as hold:
+        set_rules = hold._pod_rules.execute
+
+        def and_at_once_a_frame(request: bytes) -> None:
+            set_rules(request)
+            with numbered(lab, 1):
+                pass
+
+        monkeypatch.setattr(hold._pod_rules, "execute", and_at_once_a_frame)
+        hold.engage()
+        monkeypatch.undo()
+        hold.release()
+    assert datagrams(receiver) == [0]
+
+
+def test_no_new_frame_overtakes_those_that_are_played(lab, box_with_receiver, monkeypatch):
+    box, receiver = box_with_receiver
+    with held(box) as hold:
+        with numbered(lab, 3):
+            pass
+        play = hold._host_end.send
+
+        def after_a_new_frame(outgoing: Iterator[bytes]) -> int:
+            with numbered(lab, 1):
+                pass
+            return play(outgoing)
+
+        monkeypatch.setattr(hold._host_end, "send", after_a_new_frame)
+        hold.release()
+    assert datagrams(receiver)[:3] == [0, 1, 2]
+
+
 def test_nothing_is_lost_when_a_hold_begins_and_ends_under_load(lab, box_with_receiver):
     box, receiver = box_with_receiver
     played = 0

@@ -104,6 +104,18 @@ def test_a_held_sandbox_lets_nothing_out_from_its_first_moment(lab):
     assert _received(held) == 0
 
 
+def test_the_hold_is_there_before_the_link_comes_up(lab, monkeypatch):
+    configure, seen = sandbox._configure_pod, []
+
+    def look_first(box) -> None:
+        seen.append((is_held(box), "state DOWN" in ip("link", "show", "eth0", where="pod-two")))
+        configure(box)
+
+    monkeypatch.setattr(sandbox, "_configure_pod", look_first)
+    lab.pod("two", "node-b", held=True)
+    assert seen == [(True, True)]
+
+
 def _received(box) -> int:
     """How many IPv6 packets the node's own stack has had from the pod."""
 
