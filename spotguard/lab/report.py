@@ -12,6 +12,7 @@ from typing import Any
 from spotguard.lab.report_text import milliseconds, number, plural, seconds, size
 
 SCHEMA = 1
+MOVED = "moved"
 EXIT_KEPT, EXIT_BROKEN, EXIT_NOT_AS_EXPECTED = 0, 1, 2
 PHASES = (
     "hold", "drain", "freeze", "scan", "dump", "residual", "images", "rewrite", "restore", "owner", "thaw", "release",
@@ -156,7 +157,7 @@ class WorkloadReport(Client):
 
     name: str
     outcome: str
-    expected: str = "moved"
+    expected: str = MOVED
     mode: str = "live"  # or "stop-and-copy"
     reason: str = ""
     pause_ms: float | None = None
@@ -285,7 +286,7 @@ def headline(report: Report) -> str:
         return f"{plural(len(problems), 'problem')}: {problems[0]}."
     writes = sum(workload.acknowledged for workload in report.workloads)
     connections = sum(workload.connections for workload in report.workloads)
-    moved = sum(workload.outcome == "moved" for workload in report.workloads)
+    moved = sum(workload.outcome == MOVED for workload in report.workloads)
     what = f"{plural(moved, 'workload')} moved" if moved else "Every workload ended as expected"
     return (
         f"{what}: all {plural(writes, 'acknowledged write')} there, once each; "

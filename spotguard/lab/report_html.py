@@ -5,7 +5,7 @@ from pathlib import Path
 from string import Template
 
 from spotguard.lab import timeline
-from spotguard.lab.report import Report, WorkloadReport
+from spotguard.lab.report import MOVED, Report, WorkloadReport
 from spotguard.lab.report_text import e, milliseconds, number, plural, seconds, size
 
 TEMPLATE = Path(__file__).parent / "report.html"
@@ -14,6 +14,7 @@ LEGEND = (
     ("before", "runs on the source"), ("round", "memory copied, running"), ("frozen", "frozen"),
     ("after", "runs on the target"), ("fill", "rest filled in, running"),
 )  # fmt: skip
+PAUSE = (("source", "on the source"), ("target", "on the target"))
 KEY = '<svg viewBox="0 0 12 12" aria-hidden="true"><rect class="{}" width="12" height="12" rx="3"/></svg>'
 
 
@@ -49,8 +50,8 @@ def _title(report: Report) -> str:
         return "A promise was broken."
     if report.verdict == "unexpected":
         return "The run did not end as expected."
-    gaps = [w.client_gap_ms for w in report.workloads if w.outcome == "moved" and w.client_gap_ms is not None]
-    names = _listed([w.name for w in report.workloads if w.outcome == "moved"])
+    gaps = [w.client_gap_ms for w in report.workloads if w.outcome == MOVED and w.client_gap_ms is not None]
+    names = _listed([w.name for w in report.workloads if w.outcome == MOVED])
     if not gaps:
         return "Every workload ended as expected, and nothing was lost."
     return f"{names} moved off a dying node. Clients waited {milliseconds(max(gaps))} at most."
@@ -93,11 +94,15 @@ def _figures(report: Report) -> str:
 
 
 def _deadline(report: Report) -> str:
-    keys = "".join(f"<span>{KEY.format(kind)}{e(text)}</span>" for kind, text in LEGEND)
     return (
         '<h2>From the notice to the end of the node</h2><section class="card">'
-        f'<div class="scroll">{timeline.overview(report)}</div><div class="legend">{keys}</div></section>'
+        f'<div class="scroll">{timeline.overview(report)}</div>{_legend(LEGEND)}</section>'
     )
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+    keys = "".join(f"<span>{KEY.format(kind)}{e(text)}</span>" for kind, text in entries)
+    return f'<div class="legend">{keys}</div>'
 
 
 def _compared(report: Report) -> str:
@@ -151,7 +156,7 @@ def _card(w: WorkloadReport) -> str:
     if picture := timeline.move(w):
         parts.append(f'<h4>The move</h4><div class="scroll">{picture}</div>')
     if w.freeze is not None and (picture := timeline.frozen(w.freeze, w.name)):
-        parts.append(f'<h4>The pause, step by step</h4><div class="scroll">{picture}</div>')
+        parts.append(f'<h4>The pause, step by step</h4><div class="scroll">{picture}</div>{_legend(PAUSE)}')
     if w.rounds:
         parts.append(_rounds(w))
     told = [*w.faults, *w.client_faults]
@@ -164,11 +169,11 @@ def _facts(w: WorkloadReport) -> list[tuple[str, str]]:
     facts = [
         ("Frozen for", milliseconds(w.pause_ms)),
         ("Client's longest gap", milliseconds(w.client_gap_ms)),
-        ("Client's latency, p50 / p99", f"{milliseconds(w.latency_p50_ms)} / {milliseconds(w.latency_p99_ms)}"),
+        ("Latency, p50 / p99", f"{milliseconds(w.latency_p50_ms)} / {milliseconds(w.latency_p99_ms)}"),
         ("Frames held and played in", number(w.frames_held)),
-        ("TCP retransmits of the client", number(w.retransmits)),
-        ("Values compared byte for byte", number(w.checked_values)),
-        ("Two copies ran for", f"{milliseconds(w.double_run_ms)} (seen to {milliseconds(w.watch_blind_ms)})"),
+        ("Client's retransmits", number(w.retransmits)),
+        ("Values compared", number(w.checked_values)),
+        ("Two copies ran for", f"{milliseconds(w.double_run_ms)} (grain {milliseconds(w.watch_blind_ms)})"),
         ("Write tracker", w.tracker),
     ]
     if w.fill is not None:
@@ -177,7 +182,7 @@ def _facts(w: WorkloadReport) -> list[tuple[str, str]]:
     if w.unknown:
         facts.append(("Unanswered at the stop", number(w.unknown)))
     if w.margin_s is not None:
-        facts.append(("Left before the node's end", seconds(w.margin_s)))
+        facts.append(("Left before the end", seconds(w.margin_s)))
     return facts
 
 

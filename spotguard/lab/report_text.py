@@ -3,6 +3,9 @@
 from html import escape
 from typing import Any
 
+# From how many ms on: divided by, decimals, unit.
+ROUNDING = ((100e3, 1e3, 0, "s"), (10e3, 1e3, 1, "s"), (1e3, 1e3, 2, "s"), (10, 1, 0, "ms"))
+
 
 def size(count: float) -> str:
     """Return bytes as `512 B`, `3.4 MiB`, `1.03 GiB`."""
@@ -17,14 +20,13 @@ def size(count: float) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Return `0.4 ms`, `142 ms`, `1.42 s`, or a dash for None."""
+    """Return `0 ms`, `0.4 ms`, `142 ms`, `1.42 s`, `14.2 s`, `116 s`, or a dash for None."""
     if value is None:
         return "-"
-    if value >= 10_000:
-        return f"{value / 1e3:.1f} s"
-    if value >= 1000:
-        return f"{value / 1e3:.2f} s"
-    return f"{value:.0f} ms" if value >= 10 else f"{value:.1f} ms"
+    for least, factor, decimals, unit in ROUNDING:
+        if value >= least:
+            return f"{value / factor:.{decimals}f} {unit}"
+    return f"{value:.1f} ms" if value else "0 ms"
 
 
 def seconds(value: float | None) -> str:

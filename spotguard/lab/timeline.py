@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from spotguard.lab.report import Freeze, Report, WorkloadReport
+from spotguard.lab.report import MOVED, Freeze, Report, WorkloadReport
 from spotguard.lab.report_text import e, milliseconds, seconds, size
 
 WIDTH = 1000.0
 LABEL = 104.0  # left column
 RIGHT = 16.0
+LETTER = 6.8  # about the width of one in a bar's label
 SMALLEST = 2.0  # a bar narrower than this would not be seen
 TICKS = (1, 2, 5, 10, 20, 30, 60, 120, 200, 500, 1000, 2000, 5000, 10000)
 
@@ -68,12 +69,17 @@ def move(workload: WorkloadReport, end: float | None = None) -> str:
     if not last:
         return ""
     scale = Scale(last * 1.02, left=12)
-    parts = _axis(scale, 66, unit="s")
-    parts += _move_bars(workload, scale, 12.0, 30.0)
+    parts = _axis(scale, 78, unit="s", top=24)
+    parts += _move_bars(workload, scale, 30.0, 32.0)
     for item in workload.rounds:
-        if item.start_s is not None and scale.x(item.start_s + item.seconds) - scale.x(item.start_s) > 96:
-            parts.append(_text(scale.x(item.start_s) + 8, 31, f"round {item.n} · {size(item.bytes)}", "inbar"))
-    return _svg(92, parts, f"The move of {workload.name}")
+        text = f"round {item.n}: {size(item.bytes)}"
+        start = item.start_s if item.start_s is not None else last
+        if scale.x(start + item.seconds) - scale.x(start) > 16 + LETTER * len(text):
+            parts.append(_text(scale.x(start) + 8, 51, text, "inbar"))
+    if workload.frozen_at_s is not None and workload.pause_ms is not None:
+        middle = scale.x(workload.frozen_at_s + workload.pause_ms / 2e3)
+        parts.append(_text(middle, 16, f"frozen {milliseconds(workload.pause_ms)}", "hot mid"))
+    return _svg(100, parts, f"The move of {workload.name}")
 
 
 def frozen(freeze: Freeze, name: str) -> str:
@@ -104,7 +110,7 @@ def compare(workloads: Sequence[WorkloadReport]) -> str:
     longest = max((gap for w, c in pairs for gap in (w.client_gap_ms or 0.0, c.client_gap_ms or 0.0)), default=0.0)
     if not longest:
         return ""
-    scale = Scale(longest * 1.14)
+    scale = Scale(longest * 1.22)
     height = 66 * len(pairs) + 4
     parts: list[str] = []
     for i, (workload, compared) in enumerate(pairs):
@@ -128,8 +134,11 @@ def _move_bars(workload: WorkloadReport, scale: Scale, y: float, height: float) 
     rows = (y, height)
     frozen_at, resumed_at, filled_at = workload.frozen_at_s, workload.resumed_at_s, workload.filled_at_s
     if resumed_at is not None:
+        there, told = ("after", "runs on the target") if workload.outcome == MOVED else ("before", "runs on the source")
         parts.append(_bar(scale, (0, frozen_at or 0.0), rows, "before", "runs on the source"))
-        parts.append(_bar(scale, (resumed_at, scale.end), rows, "after", "runs on the target"))
+        parts.append(_bar(scale, (resumed_at, scale.end), rows, there, told))
+    elif workload.outcome != MOVED:
+        parts.append(_bar(scale, (0, scale.end), rows, "before", "runs on the source"))
     for item in workload.rounds:
         if item.start_s is not None:
             told = f"round {item.n}: {size(item.bytes)} in {seconds(item.seconds)}"
@@ -151,11 +160,11 @@ def _done(workload: WorkloadReport) -> float | None:
     return max(ends, default=None)
 
 
-def _axis(scale: Scale, y: float, unit: str) -> list[str]:
+def _axis(scale: Scale, y: float, unit: str, top: float = 0.0) -> list[str]:
     parts = []
     for value in scale.ticks():
         x = scale.x(value)
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(x, y + 18, f"{value:g} {unit}" if value else "0", "tick mid"))
     return parts
 

@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import signal
 import sys
 import time
 from pathlib import Path
@@ -31,7 +32,17 @@ def main() -> int:
         rate=arguments.rate, size=arguments.size, seed=arguments.seed,
         deadline=time.monotonic() + arguments.connect_within,
     )  # fmt: skip
-    return 0 if asyncio.run(_run(arguments.name, options)) else 1
+    try:
+        return 0 if asyncio.run(_guarded(arguments.name, options)) else 1
+    except asyncio.CancelledError:
+        return 128 + signal.SIGTERM
+
+
+async def _guarded(name: str, options: Options) -> bool:
+    """Run, and end in order at SIGTERM: pgbench must not go on without us."""
+    running = asyncio.ensure_future(_run(name, options))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, running.cancel)
+    return await running
 
 
 async def _run(name: str, options: Options) -> bool:

@@ -71,6 +71,20 @@ async def test_a_lost_connection_is_counted_and_its_last_write_unknown(loaded: A
     assert any("terminating connection" in fault for fault in result["faults"])
 
 
+async def test_a_terminated_client_leaves_no_pgbench_behind(loaded: Any) -> None:
+    client, _ = loaded
+    await client.acknowledged(10)
+    children = Path(f"/proc/{client.process.pid}/task/{client.process.pid}/children").read_text().split()
+    benches = [pid for pid in children if Path(f"/proc/{pid}/comm").read_text() == "pgbench\n"]
+    assert len(benches) == 1
+    client.process.terminate()
+    assert await client.process.wait() == 143
+    assert (
+        not Path(f"/proc/{benches[0]}/status").exists()
+        or "Z (zombie)" in Path(f"/proc/{benches[0]}/status").read_text()
+    )
+
+
 def test_the_log_is_read_in_pieces_and_surprises_are_told() -> None:
     log = Log(clients=2, offset=-1000.0)
     log.begin(0.5)

@@ -194,6 +194,7 @@ def test_sizes(value: int, text: str) -> None:
 
 
 def test_numbers() -> None:
-    assert [milliseconds(x) for x in (None, 0.41, 142.4, 1420, 12_300)] == ["-", "0.4 ms", "142 ms", "1.42 s", "12.3 s"]
+    assert [milliseconds(x) for x in (None, 0, 0.41, 142.4, 1420)] == ["-", "0 ms", "0.4 ms", "142 ms", "1.42 s"]
+    assert [milliseconds(x) for x in (12_300, 116_200)] == ["12.3 s", "116 s"]
     assert number(18423) == "18,423"
     assert (plural(1, "write"), plural(2, "write")) == ("1 write", "2 writes")
