@@ -310,10 +310,10 @@ class StoppedGroup:
                     kernel.tgkill(self.pid, self._caller, number)
 
     def _restore(self) -> None:
-        """Bring the caller back to where it was interrupted.
+        """Bring the caller back to where it was interrupted, from whatever stop it is in, or from none.
 
-        Registers set at the exit of a system call do not restart the interrupted one: the kernel does that only on
-        its way through signal handling. So stop there once more, and restore there.
+        That is done in a stop like the first one, inside the kernel's signal handling, from where an interrupted
+        system call restarts; at the entry of a system call, registers would be taken for that call's.
         """
         self._limit = time.monotonic() + RESTORE_LIMIT_SECONDS
         with contextlib.suppress(ProcessLookupError):  # killed meanwhile

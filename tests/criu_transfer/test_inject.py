@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from criu_transfer import kernel
 from criu_transfer.errors import TrackerUnavailable
 from criu_transfer.tracker import inject
 
@@ -204,6 +205,52 @@ say(len(os.read(reader, 10000)))
     sender.join()
     child.write("")
     assert child.read() == "500"
+
+
+def test_a_signal_on_its_way_in_is_passed_on(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = spawn("signal.signal(signal.SIGUSR1, lambda *_: say('handled')); say('ready'); input()")
+    ptrace = kernel.ptrace
+
+    def seize_and_signal(request: int, tid: int, address: int = 0, data: int = 0) -> int:
+        result = ptrace(request, tid, address, data)
+        if request == kernel.PTRACE_SEIZE:
+            os.kill(child.pid, signal.SIGUSR1)
+            limit = time.monotonic() + 5
+            while not child.status("State").startswith("t"):
+                assert time.monotonic() < limit
+        return result
+
+    monkeypatch.setattr(kernel, "ptrace", seize_and_signal)
+    getpid_in(child)
+    assert child.read() == "handled"
+
+
+def test_signals_that_come_between_calls_wait(spawn: Spawn) -> None:
+    child = spawn("signal.signal(signal.SIGUSR1, lambda *_: say('handled')); say('ready'); input()")
+
+    def signal_and_call(group: inject.StoppedGroup) -> list[int]:
+        group.call(GETPID)
+        os.kill(child.pid, signal.SIGUSR1)
+        group.call(GETPID)
+        return group._kept_signals  # sent again, it would lose who sent it and why
+
+    assert inject.run(child.pid, time.monotonic() + 5, signal_and_call) == []
+    assert child.read() == "handled"
+
+
+def test_a_stop_signal_between_calls_is_kept(spawn: Spawn) -> None:
+    child = spawn("say('ready'); input(); say('on')")
+
+    def stop_and_call(group: inject.StoppedGroup) -> int:
+        group.call(GETPID)
+        os.kill(child.pid, signal.SIGSTOP)
+        return group.call(GETPID)
+
+    assert inject.run(child.pid, time.monotonic() + 5, stop_and_call) == child.pid
+    os.waitid(os.P_PID, child.pid, os.WSTOPPED)
+    os.kill(child.pid, signal.SIGCONT)
+    child.write("")
+    assert child.read() == "on"
 
 
 def test_a_stopped_job_stays_stopped(spawn: Spawn) -> None:
