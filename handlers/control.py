@@ -242,7 +242,7 @@ class ControlClient:
     async def frames(self, node: str, migration: str, block: bytes, deadline: float) -> None:
         """Give `node` a block of frames (MAX_FRAMES bytes at most) that were held for the workload."""
         if len(block) > MAX_FRAMES:
-            raise ValueError(f"a block of frames has {len(block)} bytes; at most {MAX_FRAMES} are allowed")
+            raise Refused(f"a block of frames has {len(block)} bytes; at most {MAX_FRAMES} are allowed")
         await self._ask(node, "POST", f"/{migration}/frames", deadline, read=dict, body=block)
 
     async def status(self, node: str, migration: str, deadline: float) -> dict[str, Any]:

@@ -55,7 +55,7 @@ class OwnerTable:
         os.close(self._fd)
 
     def records(self) -> list[OwnerRecord]:
-        """Return all records, oldest first."""
+        """Return all records in the order of their last change: who applies them in turn ends with the latest."""
         return list(self._records.values())
 
     def read(self, migration: str) -> OwnerRecord:
@@ -117,9 +117,13 @@ class OwnerTable:
         record = replace(record, version=str(self._revision + 1))
         self._append({"v": _FORMAT, "record": record.to_json()})
         self._revision += 1
-        self._records[record.migration] = record
+        self._put(record)
         self.on_change(record, record.migration)
         return record
+
+    def _put(self, record: OwnerRecord) -> None:
+        self._records.pop(record.migration, None)  # so that it comes last
+        self._records[record.migration] = record
 
     def _append(self, line: dict[str, Any]) -> None:
         raw = json.dumps(line, separators=(",", ":")).encode() + b"\n"
@@ -186,7 +190,7 @@ class OwnerTable:
         else:
             record = OwnerRecord.from_json(line["record"])
             revision = int(record.version)
-            self._records[record.migration] = record
+            self._put(record)
         if revision != self._revision + 1:
             raise ValueError(f"revision {revision} follows {self._revision}")
         self._revision = revision

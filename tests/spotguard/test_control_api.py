@@ -274,7 +274,7 @@ async def test_paths_that_are_no_migration_are_not_found(post: Post, target: Tar
 
 async def test_blocks_that_are_too_large_are_not_sent(connect: Connect, target: Target) -> None:
     async with connect("a") as a:
-        with pytest.raises(ValueError, match="at most"):
+        with pytest.raises(Refused, match="at most"):
             await a.frames("b", ID, bytes(MAX_FRAMES + 1), soon())
     assert target.asked == []
 

@@ -127,6 +127,7 @@ def test_a_journal_cut_at_any_byte_gives_the_state_of_its_last_whole_line(tmp_pa
         lambda t: t.create(NEW, "a"),
         lambda t: t.create(replace(NEW, migration="m2"), "a"),
         lambda t: t.swap("m1", "1", "target", "b"),
+        lambda t: t.create(replace(NEW, migration="m3"), "a"),
         lambda t: t.swap("m2", "2", "reclaimed", "a"),
         lambda t: t.delete("m1", "b"),
     ]
@@ -142,6 +143,8 @@ def test_a_journal_cut_at_any_byte_gives_the_state_of_its_last_whole_line(tmp_pa
         cut.write_bytes(raw[:size])
         with closing(OwnerTable(cut)) as table:
             assert table.records() == states[raw[:size].count(b"\n")]
+            versions = [int(record.version) for record in table.records()]
+            assert versions == sorted(versions), "in the order of their last change"
             table.create(replace(NEW, migration="new"), "a")
         with closing(OwnerTable(cut)) as table:
             assert table.read("new").owner == "source"
