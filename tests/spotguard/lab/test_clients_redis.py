@@ -1,5 +1,6 @@
 """The redis client against a real redis: what it says when all is well, and what it finds when it is not."""
 
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,27 @@ async def test_a_dead_server_leaves_every_write_unproven(loaded: Any) -> None:
     assert not result["complete"]
     assert result["lost"] == result["acknowledged"] > 0
     assert result["connections_lost"] == 3
+
+
+@pytest.mark.kernel
+async def test_a_freeze_of_the_server_is_the_client_s_gap_and_nothing_else_is_wrong(loaded: Any) -> None:
+    client, _, server = loaded
+    cgroup = Path(f"/sys/fs/cgroup/client-gap-{server.pid}")
+    cgroup.mkdir()
+    (cgroup / "cgroup.procs").write_text(str(server.pid))
+    await client.acknowledged(50)
+    (cgroup / "cgroup.freeze").write_text("1")
+    start = time.monotonic()
+    while (await client.until("progress"))["waiting_ms"] < 300:
+        pass
+    (cgroup / "cgroup.freeze").write_text("0")
+    seconds = time.monotonic() - start
+    await client.acknowledged(client.events[-1]["acknowledged"] + 50)
+    result = await client.finish()
+    server.kill()
+    await server.wait()
+    cgroup.rmdir()
+    assert result["sound"], result
+    assert abs(result["longest_gap_ms"] - seconds * 1e3) < 100
+    assert abs(result["gap_at"] - start) < 0.1
+    assert all(gap > 250 for gap in result["gap_per_connection"].values())
