@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Final, NoReturn
+from typing import Final
 
 from aiohttp import web
 
@@ -101,7 +101,7 @@ class Faults:
         if fault.kind == "drip":
             return await _drip(request, answer, 0.2 if fault.seconds is None else fault.seconds)
         if fault.kind in {"drop", "truncated"}:
-            await _cut(request, answer.text.encode() or b"." if fault.kind == "truncated" else b"")
+            return await _cut(request, answer.text.encode() or b"." if fault.kind == "truncated" else b"")
         return plain(_wrong(fault, request, answer))
 
     async def _stall(self, seconds: float | None) -> None:
@@ -133,16 +133,16 @@ def _wrong(fault: Fault, request: web.Request, answer: Answer) -> Answer:
     return replace(answer, content_type="application/octet-stream")
 
 
-async def _cut(request: web.Request, body: bytes) -> NoReturn:
-    """Break the connection, after half of the body when there is one."""
+async def _cut(request: web.Request, body: bytes) -> web.StreamResponse:
+    """Break the connection, after half of the body when there is one. What aiohttp still writes goes nowhere."""
+    response = web.StreamResponse(headers={"Content-Type": "text/plain"})
     if body:
-        response = web.StreamResponse(headers={"Content-Type": "text/plain"})
         response.content_length = len(body)
         await response.prepare(request)
         await response.write(body[: len(body) // 2])
     if request.transport is not None:
         request.transport.close()
-    raise ConnectionResetError("cut on purpose")
+    return response
 
 
 async def _huge(request: web.Request) -> web.StreamResponse:

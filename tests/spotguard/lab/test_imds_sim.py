@@ -186,10 +186,32 @@ async def test_answers_gone_wrong(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", ["drop", "truncated"])
-async def test_connection_cut(client: Client, kind: str) -> None:
+async def test_connection_cut(client: Client, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     client.imds.faults.add(Fault(kind))
     with pytest.raises(aiohttp.ClientError):
         await client.get("instance-id")
+    client.imds.faults.clear()
+    assert (await client.get("instance-id"))[0] == 200
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("kind", ["stall", "huge", "drip"])
+async def test_a_client_that_goes_away_is_no_trouble(
+    client: Client, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    client.imds.faults.add(Fault(kind, seconds=None if kind == "stall" else 0.01))
+    async with aiohttp.ClientSession() as other:
+        impatient = Client(client.imds, other)
+        impatient.token = client.token
+        asked = asyncio.create_task(impatient.get("instance-id"))
+        async with asyncio.timeout(5):
+            while client.imds.requests["GET", "instance-id", kind] == 0:
+                await client.control("GET", "/v1/state")
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+    client.imds.faults.clear()
+    assert (await client.get("instance-id"))[0] == 200
+    assert not caplog.records
 
 
 async def test_drip_gives_byte_by_byte(client: Client) -> None:
@@ -212,7 +234,8 @@ async def test_stall_ends_when_cleared_or_after_its_time(client: Client) -> None
             await client.control("GET", "/v1/state")
     assert not stalled.done()
     await client.control("DELETE", "/v1/faults")
-    assert (await stalled)[0] == 200
+    async with asyncio.timeout(5):
+        assert (await stalled)[0] == 200
 
 
 @pytest.mark.parametrize(
