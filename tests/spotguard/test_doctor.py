@@ -45,7 +45,7 @@ class FakeHost:
     modules: tuple[str, ...] = ("pycriu",)
     xsave: int | None = 2696
     freezer_trouble: str = ""
-    tracking: tuple[bool, str] = (True, "")
+    tracking: tuple[bool, str] = (True, "the self-test passed")
 
     def euid(self) -> int:
         return self.user
@@ -245,6 +245,13 @@ def test_criu_is_asked_without_leaving_its_cache() -> None:
     before = cache.stat() if cache.exists() else None
     assert doctor_checks.check_criu_check(ThisHost()).level == "ok"
     assert (cache.stat() if cache.exists() else None) == before
+
+
+@pytest.mark.kernel
+def test_write_tracking_is_really_tried() -> None:
+    sound, found = ThisHost().write_tracking()
+    assert found
+    assert sound == ("passed" in found)
 
 
 @pytest.mark.kernel
