@@ -24,6 +24,7 @@ from criu_transfer.sender import Sender
 from criu_transfer.tracker.wp_async import ProcessTracker
 
 # Mappings of the kernel's own: never in a list of pages.
+STALL_SECONDS = 5.0  # how much longer than its round a peer may take to swallow a frame
 KERNEL_MAPPINGS = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]", "[vdso]", "[uprobes]"})
 
 
@@ -93,23 +94,28 @@ class Outgoing:
     def round(self, deadline: float) -> RoundResult:
         """Send what was written since the last round, files too. New processes are tracked from here on.
 
-        Raises DeadlinePassed when it was stopped: what was not sent is owed, and sent at the capture.
+        Raises DeadlinePassed when it was stopped or the deadline came: what was not sent is owed, and sent at the
+        capture. The stream stays whole, for it ends between two frames.
         """
         self._stopped.clear()
         start = time.monotonic()
+
+        def stop() -> bool:
+            return self._stopped.is_set() or time.monotonic() >= deadline
+
+        patience = deadline + STALL_SECONDS
         alive = processes_of(self._cgroup)
         for gone in self._trackers.keys() - set(alive):
-            self._trackers.pop(gone).detach()
-        self._attach_new(alive, deadline)
+            self._forget(gone, patience)
+        self._attach_new(alive, patience)
         sent = 0
         for process in list(self._trackers):
-            self._check_stopped()
-            ranges = self._scan(process)
-            sent += self._sender.send_pages(process, ranges, deadline).bytes
+            sent += self._sender.send_pages(process, self._scan(process), patience, stop=stop).bytes
         for name, directory in self._trees.items():
-            self._check_stopped()
-            sent += self._sender.send_tree(name, directory, deadline).bytes
-        self._sender.mark(deadline)
+            sent += self._sender.send_tree(name, directory, patience, pids=(), stop=stop).bytes
+        if stop():
+            raise DeadlinePassed("the round was stopped")
+        self._sender.mark(patience)
         return RoundResult(sent, self._pending(), time.monotonic() - start)
 
     def capture(self, mode: Mode, deadline: float) -> Capture:
@@ -139,7 +145,8 @@ class Outgoing:
         clock.lap("dump")
         done.debt_bytes = self._pay_debt(image_dir, tracked, deadline)
         for name, directory in self._trees.items():
-            done.file_bytes += self._sender.send_tree(name, directory, deadline).bytes
+            pids = [process.pid for process in frozen]
+            done.file_bytes += self._sender.send_tree(name, directory, deadline, pids=pids).bytes
         clock.lap("files")
         done.image_bytes = self._sender.send_images(image_dir, deadline).bytes
         self._sender.end({process.vpid: process for process in tracked}, mode, deadline)
@@ -189,9 +196,10 @@ class Outgoing:
                 self._trackers.pop(process).detach()
         return total
 
-    def _check_stopped(self) -> None:
-        if self._stopped.is_set():
-            raise DeadlinePassed("the round was stopped")
+    def _forget(self, process: Process, deadline: float) -> None:
+        """Let go of a process that has ended, here and in the receiver's store."""
+        self._trackers.pop(process).detach()
+        self._sender.gone(process, deadline)
 
     def _fresh(self, name: str) -> Path:
         path = self._work_dir / name

@@ -18,10 +18,19 @@ from typing import Any, Self
 from handlers.errors import GiveUp
 
 CAPABILITIES = [
-    f"CAP_{name}"
-    for name in ["CHOWN", "DAC_OVERRIDE", "FSETID", "FOWNER", "MKNOD", "NET_RAW", "SETGID", "SETUID", "SETFCAP", "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"]
+    *("CAP_AUDIT_WRITE", "CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD"),
+    *(
+        "CAP_NET_BIND_SERVICE",
+        "CAP_NET_RAW",
+        "CAP_SETFCAP",
+        "CAP_SETGID",
+        "CAP_SETPCAP",
+        "CAP_SETUID",
+        "CAP_SYS_CHROOT",
+    ),
 ]
-# As container runtimes' default profiles do. CRIU cannot dump io_uring; with these refused, programs fall back to epoll.
+# As container runtimes' default profiles do. CRIU cannot dump io_uring; without it, programs fall back to epoll.
+SHARED_MEMORY, TEMPORARY = "/dev/shm", "/tmp"  # noqa: S108 - places inside the container
 REFUSED_CALLS = ["io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"]
 
 
@@ -118,7 +127,7 @@ def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: st
         {"destination": "/proc", "type": "proc", "source": "proc"},
         {"destination": "/dev", "type": "tmpfs", "source": "tmpfs", "options": ["nosuid", "mode=755", "size=65536k"]},
         {"destination": "/dev/pts", "type": "devpts", "source": "devpts", "options": ["newinstance", "ptmxmode=0666"]},
-        {"destination": "/dev/shm", "type": "tmpfs", "source": "shm", "options": ["nosuid", "nodev", "mode=1777"]},
+        {"destination": SHARED_MEMORY, "type": "tmpfs", "source": "shm", "options": ["nosuid", "nodev", "mode=1777"]},
         {"destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"]},
     ]
     mounts += [{"destination": p, "type": "tmpfs", "source": "tmpfs", "options": ["mode=1777"]} for p in manifest.tmpfs]
@@ -126,7 +135,7 @@ def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: st
         {"destination": v.path, "type": "bind", "source": str(bundle.volume(v.name)), "options": ["bind", "rw"]}
         for v in manifest.volumes
     ]
-    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **manifest.env}
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": TEMPORARY, "LANG": "C.UTF-8", **manifest.env}
     sets = ("bounding", "effective", "permitted") if manifest.uid == 0 else ("bounding",)
     return {
         "ociVersion": "1.2.0",

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import structlog
 from aiohttp import web
-from criu_transfer.tracker.selftest import selftest
 
 from criu_transfer import checkpoint
 from criu_transfer.errors import TransferError
+from criu_transfer.tracker.selftest import selftest
 from handlers.control import ControlClient
 from handlers.errors import HandlerError
 from handlers.imds import ImdsFailure, ImdsPoller

@@ -45,6 +45,7 @@ class Migrations:
         self._tasks = tasks
         self._leaving: dict[str, Driver] = {}  # by workload
         self._arriving: dict[str, _Receiving] = {}  # by migration
+        self._ended = asyncio.Condition()
         transfer = parts.settings.transfer
         self._limits = Limits(
             target_freeze=transfer.target_freeze_ms / 1000, rounds_max=transfer.max_rounds, reserve=transfer.reserve_s
@@ -89,6 +90,7 @@ class Migrations:
             result = await driver.run()
             del self._leaving[move.workload]
             ended(move.workload, result.outcome)
+            await self._tell_ended()
 
         self._tasks.create_task(run(), name=f"source of {move.migration}")
 
@@ -101,8 +103,8 @@ class Migrations:
         move = Move(migration=offer.migration, workload=manifest.name, source=peer, target=here)
         if offer.migration in self._arriving:
             raise GiveUp(f"migration {offer.migration} is here already")
-        if any(other.driver.state.move.workload == manifest.name for other in self._arriving.values()):
-            raise GiveUp(f"{manifest.name} is arriving already")
+        # An earlier try may still be cleaning up.
+        await self._wait_until(lambda: not self._is_arriving(manifest.name), deadline, f"{manifest.name} is arriving")
         limits = self._accepted(offer)
         driver, effects = self._target_driver(move, manifest, limits)
         expires = self._now() + offer.expires_in_s
@@ -113,6 +115,24 @@ class Migrations:
         if not accepted:
             raise GiveUp(reason)
         return OfferAnswer(stream_host=self._parts.settings.node.address, stream_port=effects.stream_port)
+
+    async def settled(self, deadline: float) -> None:
+        """Wait until nothing leaves this node any more, as after a restart. Raises GiveUp at the deadline."""
+        await self._wait_until(lambda: not self._leaving, deadline, "earlier moves go on")
+
+    async def _tell_ended(self) -> None:
+        async with self._ended:
+            self._ended.notify_all()
+
+    async def _wait_until(self, condition: Callable[[], bool], deadline: float, complaint: str) -> None:
+        try:
+            async with asyncio.timeout_at(deadline), self._ended:
+                await self._ended.wait_for(condition)
+        except TimeoutError as late:
+            raise GiveUp(complaint) from late
+
+    def _is_arriving(self, workload: str) -> bool:
+        return any(other.driver.state.move.workload == workload for other in self._arriving.values())
 
     def _accepted(self, offer: Offer) -> TransferLimits:
         """Check the announced sizes against what this node allows in all."""
@@ -149,6 +169,7 @@ class Migrations:
         async def run() -> None:
             await receiving.driver.run()
             del self._arriving[move.migration]
+            await self._tell_ended()
 
         self._tasks.create_task(run(), name=f"target of {move.migration}")
 
@@ -158,8 +179,11 @@ class Migrations:
         receiving.driver.post(RestoreRequested(self._now(), deadline))
         async with asyncio.timeout_at(deadline):
             resumed, reason = await asyncio.shield(receiving.effects.answers.restored)
-        outcome = "resumed" if resumed else "failed"
-        return RestoreAnswer(outcome=outcome, reason=reason, timings=dict(receiving.effects.answers.timings))
+        return RestoreAnswer(
+            outcome="resumed" if resumed else "failed",
+            reason=reason,
+            timings=dict(receiving.effects.answers.timings),
+        )
 
     async def frames(self, peer: str, migration: str, block: bytes) -> None:
         """Take frames that the source has held for the pod."""

@@ -16,6 +16,7 @@ from spotguard.migrations import Migrations
 from spotguard.parts import Parts
 
 LIST_SECONDS = 5.0
+SETTLE_SECONDS = 120.0
 ACTIONS = {
     "terminate": events.Action.TERMINATE,
     "stop": events.Action.STOP,
@@ -70,6 +71,9 @@ class NodeDriver:
         self._state, commands = node.step(self._state, event)
         for command in commands:
             self._perform(command)
+        idle = self._state.notice is not None and not self._state.moving and not self._state.waiting
+        if idle and isinstance(event, events.MoveFinished | events.PodsListed):
+            self._parts.log.add("moves-ended")
 
     def _perform(self, command: c.Command) -> None:
         match command:
@@ -117,6 +121,8 @@ class NodeDriver:
         if target is None:
             self._parts.log.add("note", text="no other node is known (setting peers): nothing can be moved")
             return
+        # After a restart, what the journal holds comes to its end first.
+        await self._migrations.settled(self._parts.clock.monotonic() + SETTLE_SECONDS)
         deadline = self._parts.clock.monotonic() + LIST_SECONDS
         running = [c for c in await self._parts.runc.containers(deadline) if c.status in {"running", "paused"}]
         pods = [await asyncio.to_thread(self._pod, container.name, target) for container in running]

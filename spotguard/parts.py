@@ -8,7 +8,7 @@ from criu_transfer.stream import Credentials
 from handlers.bundle import Bundle
 from handlers.cgroup import Cgroup
 from handlers.control import ControlClient
-from handlers.owner import OwnerStore
+from handlers.owner import HttpOwnerStore
 from handlers.runtime import Runc
 from spotguard.clock import Clock
 from spotguard.events_log import EventLog
@@ -33,7 +33,7 @@ class Parts:
     log: EventLog
     runc: Runc
     tools: Tools
-    store: OwnerStore
+    store: HttpOwnerStore
     control: ControlClient
     tracker_reason: str
     memory_v1: Path | None

@@ -4,15 +4,15 @@ import asyncio
 import shutil
 
 import tenacity
-from criu_transfer.sender import Sender
 
 from criu_transfer import preflight, soundness, stream
 from criu_transfer.errors import DeadlinePassed, GiveUp, TrackerUnavailable
 from criu_transfer.maps import Vma
-from criu_transfer.messages import Hello
+from criu_transfer.messages import Hello, Totals
 from criu_transfer.messages import Mode as WireMode
 from criu_transfer.outgoing import Outgoing
 from criu_transfer.proctree import processes_of
+from criu_transfer.sender import Sender
 from handlers import bundle as bundles
 from handlers.control import Offer
 from handlers.network import backlog, frames, routes, sandbox
@@ -49,9 +49,12 @@ class SourceEffects:
         self._hold: Hold | None = None
         self._forwarder: FrameForwarder | None = None
         self._maps: dict[int, list[Vma]] | None = None
-        self._handed_over = False
+        self._loop = asyncio.get_running_loop()
+        self._sent = 0
+        self._left = 0  # bytes that the next round has to send, as far as is known
+        self._round_now = (0, 0, 0)  # number, bytes sent before it, bytes to send
 
-    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0911, PLR0912 - one line per command
+    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0912 - one line per command
         """Perform one command; see driver.Effects."""
         match command:
             case c.Preflight():
@@ -59,39 +62,40 @@ class SourceEffects:
             case c.CreateOwnership() | c.ReadOwnership() | c.ReclaimOwnership():
                 return await self._ownership.perform(command, self._now())
             case c.OfferTarget():
-                return await self._offer(command)
+                await self._offer(command)
             case c.AttachTracker():
-                return await asyncio.to_thread(self._transfer().attach, command.deadline)
+                await asyncio.to_thread(self._transfer().attach, command.deadline)
             case c.CopyRound():
                 return await self._round(command)
             case c.HoldNetwork():
-                return await self._hold_network(command)
+                await self._hold_network(command)
             case c.FreezeProcesses():
-                return await self._freeze(command)
+                await self._freeze(command)
             case c.DumpAndSend():
-                return await self._dump_and_send(command)
+                await self._dump_and_send(command)
             case c.RequestRestore():
                 return await self._request_restore(command)
             case c.StayFrozen():
-                return await self._stay_frozen(command)
+                await self._stay_frozen(command)
             case c.VerifySound():
-                return await asyncio.to_thread(self._verify_sound)
+                await asyncio.to_thread(self._verify_sound)
             case c.ReleaseNetwork():
-                return await self._release()
+                await self._release()
             case c.ThawProcesses():
-                return await asyncio.to_thread(self._cgroup.thaw, command.deadline)
+                await asyncio.to_thread(self._cgroup.thaw, command.deadline)
             case c.DetachTracker():
-                return await asyncio.to_thread(self._detach)
+                await asyncio.to_thread(self._detach)
             case c.AbortTarget():
-                return await self._parts.control.abort(self._move.target, self._move.migration, command.deadline)
+                await self._parts.control.abort(self._move.target, self._move.migration, command.deadline)
             case c.ForwardFrames():
-                return await self._forward_frames()
+                await self._forward_frames()
             case c.DestroySource():
-                return await self._destroy(command)
+                await self._destroy(command)
             case c.CleanUp():
-                return await self._clean_up()
+                await self._clean_up()
             case _:
                 raise GiveUp(f"{command.name} is no command of a source")
+        return None
 
     def cancel(self, command: str) -> None:
         """Break off what can be broken off: the stream to the target."""
@@ -120,7 +124,7 @@ class SourceEffects:
         reasons = found.reasons
         if wanted == "live" and reason:
             reasons = (*reasons, f"transfer.mode is live, but: {reason}")
-        memory = await asyncio.to_thread(soundness.memory_bytes, processes)
+        memory = self._left = await asyncio.to_thread(soundness.memory_bytes, processes)
         return Checked(
             self._now(),
             movable=found.movable and not (wanted == "live" and reason),
@@ -158,7 +162,8 @@ class SourceEffects:
 
     def _open_stream(self, host: str, port: int, limits: TransferLimits, deadline: float) -> None:
         self._stream = stream.connect(host, port, self._parts.credentials, self._move.target, deadline)
-        sender = Sender(self._stream, drop_pages=self._parts.settings.transfer.fault_drop_pages)
+        transfer = self._parts.settings.transfer
+        sender = Sender(self._stream, progress=self._tell_progress, drop_pages=transfer.fault_drop_pages)
         sender.hello(
             Hello(
                 migration=self._move.migration,
@@ -181,8 +186,21 @@ class SourceEffects:
             sender=sender,
         )
 
+    def _tell_progress(self, totals: Totals) -> None:
+        """Hear of the transfer's progress, on its thread."""
+        done = totals.data + totals.zero + totals.files
+        self._loop.call_soon_threadsafe(self._log_progress, done)
+
+    def _log_progress(self, done: int) -> None:
+        self._sent = done
+        number, begun, total = self._round_now
+        if done > begun:
+            self._log("progress", number=number, bytes=done - begun, total=max(total, done - begun))
+
     async def _round(self, command: c.CopyRound) -> RoundCopied:
+        self._round_now = (command.number, self._sent, self._left)
         result = await asyncio.to_thread(self._transfer().round, command.deadline)
+        self._left = result.written_bytes
         self._log(
             "round",
             number=command.number,
@@ -305,7 +323,6 @@ class SourceEffects:
 
     async def _forward_frames(self) -> None:
         """Let the node forward what still comes here, then send on what the hold has caught until now."""
-        self._handed_over = True
         target = self._parts.control.address_of(self._move.target)
         await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, via=target))
         if self._forwarder is not None:

@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,37 +58,38 @@ class TargetEffects:
         loop = asyncio.get_running_loop()
         self.answers = Answers(loop.create_future(), loop.create_future())
 
-    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0911, PLR0912 - one line per command
+    async def perform(self, command: c.Command) -> Event | None:  # noqa: C901, PLR0912 - one line per command
         """Perform one command; see driver.Effects."""
         match command:
             case c.PrepareSandbox():
-                return await self._prepare(command)
+                await self._prepare(command)
             case c.AnswerOffer():
-                return self._answer(self.answers.offered, command.accepted, command.reason)
+                self._answer(self.answers.offered, command.accepted, command.reason)
             case c.AnswerSource():
-                return self._answer(self.answers.restored, command.resumed, command.reason)
+                self._answer(self.answers.restored, command.resumed, command.reason)
             case c.RestoreProcesses():
-                return await self._timed("restore", self._restore(command))
+                await self._timed("restore", self._restore(command))
             case c.KeepPager():
-                return await self._keep_pager()
+                await self._keep_pager()
             case c.TakeOwnership() | c.ReadOwnership():
                 return await self._timed("owner", self._ownership.perform(command, self._now()))
             case c.VerifySound():
-                return await asyncio.to_thread(self._verify_sound)
+                await asyncio.to_thread(self._verify_sound)
             case c.MoveRoute():
-                return await self._timed("route", self._move_route())
+                await self._timed("route", self._move_route())
             case c.ReleaseNetwork():
-                return await self._timed("release", self._release())
+                await self._timed("release", self._release())
             case c.ThawProcesses():
-                return await self._timed("thaw", asyncio.to_thread(self._cgroup.thaw, command.deadline))
+                await self._timed("thaw", asyncio.to_thread(self._cgroup.thaw, command.deadline))
             case c.AwaitFill():
-                return await self._await_fill(command)
+                await self._await_fill(command)
             case c.DestroyRestored():
-                return await self._destroy(command)
+                await self._destroy(command)
             case c.CleanUp():
-                return await self._clean_up(command)
+                await self._clean_up(command)
             case _:
                 raise GiveUp(f"{command.name} is no command of a target")
+        return None
 
     def cancel(self, command: str) -> None:
         """Nothing here needs to be broken off: every command ends at its deadline."""
@@ -188,7 +189,7 @@ class TargetEffects:
             tools=self._parts.tools,
             deadline=command.deadline,
         )
-        if not self._cgroup.frozen():
+        if not self._cgroup.frozen:
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
             raise RestoreFailed("the restored container did not come up frozen; it was killed")
 
@@ -198,7 +199,7 @@ class TargetEffects:
         await self._receiver.keep()
 
     def _verify_sound(self) -> None:
-        if not self._cgroup.path.exists() or not self._cgroup.populated():
+        if not self._cgroup.path.exists() or not self._cgroup.populated:
             raise GiveUp("no process of the restored container is left")
         if self._lazy and self._receiver is not None and not self._receiver.alive and not self._filled.is_set():
             raise GiveUp("the pager is gone and pages are missing")
@@ -260,7 +261,7 @@ class TargetEffects:
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
-    async def _timed[T](self, step: str, work: Any) -> Any:
+    async def _timed[T](self, step: str, work: Awaitable[T]) -> T:
         start = self._now()
         result = await work
         self.answers.timings[step] = self._now() - start

@@ -47,6 +47,13 @@ class AgentProcess:
             os.kill(pid, signal.SIGKILL)
         self._process.wait()
 
+    def restart(self) -> None:
+        """Kill it and start it again, as a DaemonSet does."""
+        self.kill()
+        if self._reader is not None:
+            self._reader.cancel()
+        self.start()
+
     async def stop(self) -> None:
         """Stop listening to it; the node ends the process."""
         if self._reader is not None:

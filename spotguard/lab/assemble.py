@@ -142,7 +142,7 @@ class _Story:
                 continue
             lengths[f"{name}_ms"] = lengths.get(f"{name}_ms", 0.0) + step["seconds"] * 1e3
             starts.setdefault(name, (float(step["start"]) - first) * 1e3)
-        return Freeze(**lengths, starts_ms=starts)  # type: ignore[arg-type]  # the names are PHASES'
+        return Freeze(**lengths, starts_ms=starts)
 
     def fill(self) -> Fill | None:
         filled = self._last("filled")

@@ -127,6 +127,13 @@ async def drill(args: argparse.Namespace) -> int:
 async def _one(options: RunOptions, output: Path, *, compare: bool) -> Report:
     started = datetime.fromtimestamp(SystemClock().wall(), UTC).isoformat(timespec="seconds")
     teller = Teller(sys.stdout)
+    try:
+        return await _told(options, output, started, teller, compare=compare)
+    finally:
+        teller.close()
+
+
+async def _told(options: RunOptions, output: Path, started: str, teller: Teller, *, compare: bool) -> Report:
     teller.headline("live: memory ahead, a short freeze" if options.mode != "stop-and-copy" else "stop-and-copy")
     result = await _run(options, output / "logs", teller)
     compared: RunResult | None = None

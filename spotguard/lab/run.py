@@ -35,7 +35,8 @@ AFTER_SECONDS = 2.0  # of load on the new node before the check
 class RunOptions:
     """What one run does. `mode`: live or stop-and-copy. `link`: tc's words for a rate, None for no shaping.
 
-    `warm_seconds`: load before the notice. `faults`: names of faults to inject (drop-page, double-run).
+    `warm_seconds`: load before the notice. `faults`: drop-page, double-run. `kills`: (node, phase) pairs: when the
+    node's agent enters that phase of its machine for the first time, it is killed and started again.
     """
 
     pods: tuple[PodOptions, ...]
@@ -45,6 +46,7 @@ class RunOptions:
     time_left_s: float = 120.0
     warm_seconds: float = 3.0
     faults: tuple[str, ...] = ()
+    kills: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(slots=True)
@@ -80,6 +82,7 @@ class Run:
         self._news = asyncio.Event()
         self._agents: dict[str, AgentProcess] = {}
         self._clients: dict[str, ClientProcess] = {}
+        self._kills = set(options.kills)
 
     async def execute(self) -> RunResult:
         """Do it. Raises LabError when the lab itself fails; what went wrong with a move is in the result."""
@@ -235,16 +238,15 @@ class Run:
         """Wait until the source is done with every pod, then take its node away, as AWS will."""
         left = self._result.deadline - time.monotonic()
         try:
-            await self._until(lambda: self._finished("source") >= len(self._clients), left, "the moves to end")
+            await self._until(self._moves_ended, left, "the moves to end")
         except LabError as late:
             self._tell("late", {"reason": str(late)})
-        node.die()
-        self._result.source_gone_at = time.monotonic()
-        self._tell("node-gone", {"node": node.name})
-        self._agents[SOURCE].node.processes.clear()
-        ends = [entry for entry in self._result.entries if entry["event"] == "finished"]
-        moved = sum(str(entry["outcome"]).startswith("moved") for entry in ends)
-        await self._until(lambda: self._finished("target") >= moved, FILL_SECONDS, "the pagers to fill all pages")
+        moved = sum(str(outcome).startswith("moved") for outcome in self._outcomes().values())
+        if moved == len(self._clients):
+            node.die()
+            self._result.source_gone_at = time.monotonic()
+            self._tell("node-gone", {"node": node.name})
+        await self._until(lambda: self._resumed() >= moved, FILL_SECONDS, "the pagers to fill all pages")
 
     async def _verify(self) -> None:
         for running in self._clients.values():
@@ -262,15 +264,29 @@ class Run:
         self._result.entries.append({"node": node, **entry})
         self._tell("agent", {"node": node, **entry})
         self._news.set()
+        if entry["event"] == "phase" and (node, entry["phase"]) in self._kills:
+            self._kills.discard((node, entry["phase"]))
+            self._tell("kill", {"node": node, "phase": entry["phase"]})
+            self._agents[node].restart()
 
     def _ready(self, nodes: Sequence[str] | Mapping[str, Node]) -> bool:
         for name in nodes:
             self._agents[name].check()
         return len({entry["node"] for entry in self._result.entries if entry["event"] == "ready"}) == len(nodes)
 
-    def _finished(self, side: str) -> int:
-        ends = (entry for entry in self._result.entries if entry["event"] == "finished" and entry["side"] == side)
-        return len({entry["workload"] for entry in ends})
+    def _outcomes(self) -> dict[str, str]:
+        """Give the last outcome of every workload; a killed agent's try may be followed by another."""
+        ends = [e for e in self._result.entries if e["event"] == "finished" and e["side"] == "source"]
+        return {e["workload"]: str(e["outcome"]) for e in ends}
+
+    def _moves_ended(self) -> bool:
+        """Tell whether the source's agent, the one that runs now, has nothing left to move."""
+        news = [e for e in self._result.entries if e["node"] == SOURCE and e["event"] in {"ready", "moves-ended"}]
+        return bool(news) and max(news, key=lambda e: float(e["t"]))["event"] == "moves-ended"
+
+    def _resumed(self) -> int:
+        ends = [e for e in self._result.entries if e["event"] == "finished" and e["side"] == "target"]
+        return len({e["workload"] for e in ends if e["outcome"] == "resumed"})
 
     async def _until(self, done: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait for news until `done`. Raises LabError when the time is over."""
