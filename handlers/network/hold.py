@@ -153,10 +153,6 @@ class Hold:
         return Released(went_in, went_out, self.dropped)
 
     def play(self, late: Sequence[bytes]) -> int:
-        """Give the pod, after the release, frames that came to its old node; return how many were played."""
-        return self._play_in(late)
-
-    def play(self, late: Sequence[bytes]) -> int:
         """Give the pod frames that come after the release, as those that the source still gets; returns how many."""
         return self._play_in(late)
 

@@ -1,6 +1,6 @@
-"""The little of netlink that is needed inside a freeze: send prepared messages, read the answers.
+"""The little of netlink that is needed during a pause: send prepared messages, read the answers.
 
-pyroute2 does the rest, elsewhere; it costs 25 MiB and 0.2 s to import. Layouts: linux/netlink.h.
+pyroute2 does the rest, elsewhere; it costs 19 MiB and 0.4 s to import. Layouts: linux/netlink.h.
 
     nlmsghdr: u32 length, u16 type, u16 flags, u32 sequence, u32 port     nlattr: u16 length, u16 type, data
 """
@@ -19,8 +19,10 @@ from handlers.network import netns
 REQUEST: Final = 0x001
 ACK: Final = 0x004
 DUMP: Final = 0x300
+REPLACE: Final = 0x100
 EXCLUSIVE: Final = 0x200
 CREATE: Final = 0x400
+ROUTE: Final = 0
 NETFILTER: Final = 12
 SOCK_DIAG: Final = 4
 _ERROR, _DONE = 2, 3
