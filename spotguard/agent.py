@@ -7,6 +7,7 @@ import signal
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import structlog
 from aiohttp import web
@@ -17,6 +18,7 @@ from criu_transfer.tracker.selftest import selftest
 from handlers.control import ControlClient
 from handlers.errors import HandlerError
 from handlers.imds import ImdsFailure, ImdsPoller
+from handlers.imds_client import endpoints_from
 from handlers.network import routes
 from handlers.owner import HttpOwnerStore, OwnerRecord, follow
 from handlers.runtime import Runc
@@ -30,7 +32,7 @@ from spotguard.observability import Metrics, configure_logging, http_app
 from spotguard.observe import observe
 from spotguard.parts import Parts
 from spotguard.pki import Identity, ssl_context
-from spotguard.settings import AgentSettings, check_runtime_dir
+from spotguard.settings import AgentSettings, ImdsSettings, check_runtime_dir
 
 _LOG = structlog.get_logger()
 MEMORY_V1 = (Path("/run/cgroup1/memory"), Path("/sys/fs/cgroup/memory"))
@@ -130,8 +132,8 @@ def addresses(settings: AgentSettings) -> dict[str, tuple[str, int]]:
     """Give host and port of every peer's control API."""
     found = {}
     for name, address in settings.peers.items():
-        host, _, port = address.partition(":")
-        found[name] = (host, int(port) if port else settings.control.port)
+        parts = urlsplit(f"//{address}" if address.count(":") < 2 or "[" in address else f"//[{address}]")
+        found[name] = (parts.hostname or address, parts.port or settings.control.port)
     return found
 
 
@@ -153,12 +155,19 @@ async def _start(
     poller = ImdsPoller(
         now=parts.clock.wall,
         observer=_ImdsMetrics(metrics),
-        endpoints=(settings.imds.endpoint,),
+        endpoints=imds_endpoints(settings),
         interval=settings.imds.interval_s,
     )
     tasks.create_task(poller.run(driver.heard), name="imds")
     tasks.create_task(observe(parts.log, metrics), name="observe")
     tasks.create_task(follow_routes(parts), name="routes")
+
+
+def imds_endpoints(settings: AgentSettings) -> tuple[str, ...]:
+    """Give where the metadata service is looked for: as set, else as AWS's own tools find it."""
+    if settings.imds == ImdsSettings():
+        return endpoints_from(os.environ)
+    return (settings.imds.endpoint,)
 
 
 class _Admin:

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 
+from handlers.control import MAX_FRAMES
 from handlers.errors import HandlerError
 from handlers.network import frames
 from handlers.network.hold import Hold
@@ -75,7 +76,8 @@ class FrameForwarder:
     async def _send_waiting(self) -> None:
         try:
             while self._waiting:
-                block, self._waiting = self._waiting, []
+                block, _ = frames.keep_oldest(self._waiting, MAX_FRAMES)
+                self._waiting = self._waiting[len(block) :]
                 try:
                     await self._send(frames.pack(block))
                 except HandlerError:

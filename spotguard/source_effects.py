@@ -151,6 +151,9 @@ class SourceEffects:
         if box is None:
             raise GiveUp(f"pod {self._move.workload} has no network of ours")
         self._hold = await asyncio.to_thread(Hold.prepare, box)
+        # Connections that the freeze will need are opened before it.
+        await self._parts.store.warm(command.deadline)
+        await self._parts.control.warm(self._move.target, command.deadline)
 
     def _limits(self) -> TransferLimits:
         transfer = self._parts.settings.transfer
