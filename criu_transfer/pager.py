@@ -237,6 +237,7 @@ class Pager:
                 self._follow(process, event)
                 process.doubts.clear()
         self._ledger.busy = False
+        self._hook("read")
 
     def _follow(self, process: _Process, event: uffd.Event) -> None:
         match event:

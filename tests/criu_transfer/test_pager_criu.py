@@ -75,8 +75,10 @@ class Lab:
         self._lines: list[str] = []
         self.events: list[dict[str, object]] = []
 
-    def dump(self, pages: int, children: int = 0, *, quiet: bool = False) -> None:
-        command = [str(self._workload), str(self.directory), str(pages), str(children), *(["quiet"] if quiet else [])]
+    def dump(self, pages: int, children: int = 0, *, mode: str = "changing") -> None:
+        command = [str(self._workload), str(self.directory), str(pages), str(children)]
+        if mode != "changing":
+            command.append(mode)
         null = subprocess.DEVNULL
         with subprocess.Popen(command, stdin=null, stdout=null, stderr=null, start_new_session=True) as process:
             for _ in range(children + 1):
@@ -232,7 +234,7 @@ def once(directory: Path, moment: str, count: int) -> Hook:
 
 
 def test_a_quiet_tree_gets_its_memory_and_the_stores_are_emptied(lab: Lab) -> None:
-    lab.dump(1500, children=2, quiet=True)
+    lab.dump(1500, children=2, mode="quiet")
     lab.serve()
     held = {vpid: os.fstat(source.fd).st_blocks * 512 for vpid, source in lab.sources.items()}
     lab.restore()
@@ -270,16 +272,45 @@ def test_faults_alone_bring_everything_while_the_gate_is_shut(lab: Lab) -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("quiet", [True, False], ids=["quiet", "changing"])
+def test_the_background_alone_fills_split_mappings_and_forgets_those_that_a_child_lacks(lab: Lab) -> None:
+    lab.dump(300, mode="idle")
+    gate, opener = socket.socketpair()
+    lab.serve(gate=gate.fileno())
+    lab.restore()
+    lab.go()
+    assert [lab.line(), lab.line()] == ["idle", "idle"]
+    opener.send(b"open")
+    assert lab.keeper_status() == 0
+    (lab.directory / "read").touch()
+    lab.assert_all_well(2)
+    gate.close()
+    opener.close()
+
+
+@pytest.mark.parametrize("mode", ["quiet", "changing"])
 @pytest.mark.parametrize("count", [1, 9])
-def test_another_pager_carries_on_when_one_is_killed_between_copies(lab: Lab, count: int, quiet: bool) -> None:
-    lab.dump(1500, children=1, quiet=quiet)
+def test_another_pager_carries_on_when_one_is_killed_between_copies(lab: Lab, count: int, mode: str) -> None:
+    lab.dump(1500, children=1, mode=mode)
     lab.serve(once(lab.directory, "filled", count))
     lab.restore()
     lab.go()
     lab.assert_all_well(2)
     assert lab.keeper_status() == 0
     assert lab.event("pager-died")["carried_on"] is True
+
+
+def test_threads_whose_faults_a_dead_pager_had_read_are_not_left_waiting(lab: Lab) -> None:
+    lab.dump(300, children=2, mode="quiet")
+    shut, gate = socket.socketpair()
+    lab.serve(once(lab.directory, "read", 25), gate=gate.fileno())
+    lab.restore()
+    lab.go()
+    lab.assert_all_well(3)
+    assert lab.event("pager-died")["carried_on"] is True
+    shut.send(b"open")
+    assert lab.keeper_status() == 0
+    shut.close()
+    gate.close()
 
 
 def test_the_container_is_killed_when_the_pager_dies_with_an_event_in_its_hands(lab: Lab) -> None:
@@ -297,7 +328,7 @@ def test_the_container_is_killed_when_the_pager_dies_with_an_event_in_its_hands(
 
 
 def test_a_frozen_container_is_killed_too(lab: Lab) -> None:
-    lab.dump(1500, quiet=True)
+    lab.dump(1500, mode="quiet")
     lab.serve(lambda moment: os.kill(os.getpid(), signal.SIGKILL) if moment == "filled" else None)
     (CGROUP / "cgroup.freeze").write_text("0")
     lab.restore()

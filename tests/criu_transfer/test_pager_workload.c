@@ -1,8 +1,9 @@
-/* A process tree whose every byte can be checked after a lazy restore. Usage: workload DIR PAGES CHILDREN [quiet]
+/* A process tree whose every byte can be checked after a lazy restore. Usage: workload DIR PAGES CHILDREN [quiet|idle]
  *
- * Each process maps eight parts of PAGES pages and fills seven with numbers that tell address and owner. It writes
+ * Each process maps nine parts of PAGES pages and fills eight with numbers that tell address and owner. It writes
  * "ready" to the fifo DIR/report, waits for the file DIR/go, and then, while the memory is being brought, does
- * everything to it that a pager has to follow; "quiet" only reads. It ends with "ok PID" or "bad PID ..." on the fifo.
+ * everything to it that a pager has to follow; "quiet" only reads, "idle" has a child that does nothing and reads when
+ * the file DIR/read is there. It ends with "ok PID" or "bad PID ..." on the fifo.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -16,14 +17,14 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { DROPPED, REPLACED, MOVED, FORKED, SPLIT, READ, WRITTEN, UNTOUCHED, PARTS };
+enum { DROPPED, REPLACED, MOVED, FORKED, SPLIT, READ, WRITTEN, LONELY, UNTOUCHED, PARTS };
 #define PAGE 4096L
 #define WORDS (PAGE / 8)
 #define SLICE 24L
 
 static const char *directory;
 static long pages;
-static int disturbed;
+static int disturbed, in_child;
 static uint64_t *part[PARTS], seed[PARTS], *new_place;
 
 static void report(const char *text)
@@ -49,6 +50,15 @@ static uint64_t expected(int which, long page, long word)
 	uint64_t x = seed[which] * 0x9E3779B97F4A7C15u + (uint64_t)(page * WORDS + word);
 	x = (x ^ (x >> 31)) * 0xBF58476D1CE4E5B9u;
 	return x | 1;
+}
+
+static void wait_for(const char *name)
+{
+	struct timespec pause = { 0, 1000000 };
+	char path[4096];
+	snprintf(path, sizeof path, "%s/%s", directory, name);
+	while (access(path, F_OK))
+		nanosleep(&pause, NULL);
 }
 
 static void fill(int which)
@@ -90,6 +100,8 @@ static void check_all(const char *what)
 	check(what, SPLIT, 0);
 	check(what, READ, 0);
 	check(what, WRITTEN, 0);
+	if (!in_child || !disturbed)
+		check(what, LONELY, 0);
 	check(what, UNTOUCHED, 1);
 }
 
@@ -109,6 +121,8 @@ static void disturb(void)
 		if (at / SLICE % 2 && mprotect(part[SPLIT] + at * WORDS, n * PAGE, PROT_READ))
 			bad("mprotect", SPLIT, at, 0);
 	}
+	if (madvise(part[LONELY], pages * PAGE, MADV_DONTFORK))
+		bad("madvise", LONELY, 0, 0);
 	part[MOVED] = new_place;
 	disturbed = 1;
 	for (long page = 0; page < pages; page++) /* a write to a missing page keeps the rest of it */
@@ -120,6 +134,7 @@ static pid_t forked(int generations)
 	pid_t pid = fork();
 	if (pid)
 		return pid;
+	in_child = 1;
 	pid_t child = generations > 1 ? forked(generations - 1) : 0;
 	/* dropping in the child must not drop in the parent */
 	madvise(part[FORKED], pages / 2 * PAGE, MADV_DONTNEED);
@@ -140,9 +155,8 @@ int main(int argc, char **argv)
 {
 	directory = argv[1];
 	pages = atol(argv[2]);
-	int children = atoi(argv[3]), quiet = argc > 4;
-	char go[4096], text[100];
-	snprintf(go, sizeof go, "%s/go", directory);
+	int children = atoi(argv[3]), quiet = argc > 4 && !strcmp(argv[4], "quiet"), idle = argc > 4 && !quiet;
+	char text[100];
 	size_t size = pages * PAGE;
 	char *all = mmap(NULL, size * PARTS, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	new_place = mmap(NULL, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -160,11 +174,16 @@ int main(int argc, char **argv)
 			break;
 		}
 	report("ready\n");
-	struct timespec pause = { 0, 1000000 };
-	while (access(go, F_OK))
-		nanosleep(&pause, NULL);
+	wait_for("go");
 
-	if (quiet) {
+	if (idle) {
+		disturb();
+		in_child = !fork();
+		report("idle\n");
+		wait_for("read");
+		check_all("idle");
+		children += !in_child;
+	} else if (quiet) {
 		for (int n = 0; n < PARTS; n++)
 			check("quiet", n, n == UNTOUCHED);
 	} else {
