@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+ATTEMPTS_MAX = 16  # counted no further: by then the pause has its full length
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -43,4 +45,4 @@ def latest_safe_freeze(deadline: float, freeze_seconds: float, limits: Limits) -
 
 def pause(attempts: int, limits: Limits) -> float:
     """Return how long to wait before try number `attempts` + 1."""
-    return float(min(limits.pause_max, limits.pause_min * 2 ** min(attempts, 16)))
+    return float(min(limits.pause_max, limits.pause_min * 2 ** min(attempts, ATTEMPTS_MAX)))

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from spotguard.core import commands as c
-from spotguard.core.deadline import Limits, last_call, latest_safe_freeze, pause, predicted_freeze
+from spotguard.core.deadline import ATTEMPTS_MAX, Limits, last_call, latest_safe_freeze, pause, predicted_freeze
 from spotguard.core.events import (
     AgentRestarted,
     Checked,
@@ -459,7 +459,7 @@ def _again(state: SourceState, now: float) -> Step:
 def _later(state: SourceState, now: float) -> Step:
     """Give the phase's command again after a pause. Used for what must not be given up."""
     tag = f"{state.phase}-{state.attempts}"
-    waiting = replace(state, attempts=min(state.attempts + 1, 1000), wake=tag)
+    waiting = replace(state, attempts=min(state.attempts + 1, ATTEMPTS_MAX), wake=tag)
     return waiting, (c.Wake(now + pause(state.attempts, state.limits), tag),)
 
 

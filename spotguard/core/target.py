@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import assert_never
 
 from spotguard.core import commands as c
-from spotguard.core.deadline import Limits, pause
+from spotguard.core.deadline import ATTEMPTS_MAX, Limits, pause
 from spotguard.core.events import (
     AbortRequested,
     AgentRestarted,
@@ -81,7 +81,9 @@ RESUMES_AT: dict[TargetPhase, TargetPhase] = {
     P.DONE: P.DONE,
 }
 
-BUSY_UNOWNED = frozenset({P.ADMITTING, P.PREPARING, P.RESTORING, P.KEEPING})  # a command runs; giving up waits for its end
+BUSY_UNOWNED = frozenset(
+    {P.ADMITTING, P.PREPARING, P.RESTORING, P.KEEPING}
+)  # a command runs; giving up waits for its end
 DECIDING = frozenset({P.TAKING, P.READING_OWNER, P.VERIFYING})  # only a verdict ends these
 OWNING = frozenset({P.ROUTING, P.RELEASING, P.THAWING, P.FILLING})
 
@@ -408,7 +410,7 @@ def _again(state: TargetState, now: float) -> Step:
 def _later(state: TargetState, now: float) -> Step:
     """Give the phase's command again after a pause. Used for what must not be given up."""
     tag = f"{state.phase}-{state.attempts}"
-    waiting = replace(state, attempts=min(state.attempts + 1, 1000), wake=tag)
+    waiting = replace(state, attempts=min(state.attempts + 1, ATTEMPTS_MAX), wake=tag)
     return waiting, (c.Wake(now + pause(state.attempts, state.limits), tag),)
 
 
