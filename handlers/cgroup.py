@@ -68,7 +68,7 @@ class Cgroup:
 
     @property
     def populated(self) -> bool:
-        """Whether any process, a zombie too, is in the group or below."""
+        """Whether any process is in the group or below; those that only wait to be reaped do not count."""
         return self._event("populated")
 
     @property
@@ -93,7 +93,7 @@ class Cgroup:
     def kill(self, deadline: float) -> None:
         """Kill everything in the group, frozen or not, and return when it is empty. Raises GiveUp at the deadline.
 
-        The group may be gone already. Killed processes that their parent does not wait for keep the group populated.
+        The group may be gone already. Killed processes that nobody has waited for yet do not count.
         """
         try:
             self._write("cgroup.kill", "1")

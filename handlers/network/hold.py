@@ -94,20 +94,25 @@ class Hold:
         """Hold from now on. A frame that arrives within this call may be both delivered and kept, never neither.
 
         (TCP discards what it has already; for others this is an ordinary duplicate.) Raises GiveUp when the kernel
-        refuses; then nothing is held that was not before.
+        refuses; then nothing is held that was not before. What is held already stays so.
         """
         box = self._sandbox
+        begun = False
         try:
             self._pod_end.start()
             if not self._pod_held:
                 self._pod_rules.execute(nft.hold_request(box.pod_table, box.pod_dev, box.play_mac))
+                self._pod_held = begun = True
             self._host_end.start()
             if not self._host_held:
                 self._host_rules.execute(nft.hold_request(box.host_table, box.host_dev, box.play_mac))
+                self._host_held = True
         except OSError as error:
-            if not self._pod_held:
+            if begun:
                 nft.release(self._pod_rules, nft.release_request(box.pod_table))
+                self._pod_held = False
             raise GiveUp(f"the network of pod {box.name} cannot be held: {error}") from error
+        self._released = False
 
     def fileno(self) -> int:
         """Return the descriptor that becomes readable when `take` has something."""
@@ -140,6 +145,7 @@ class Hold:
         `play`, `sent`: frames that were taken before, here or on the other side; what the sockets still hold is added
         behind them. The pod may be frozen or running. A second call does nothing. Frames that are not for or from
         the pod's address, or malformed, are dropped and counted. Raises OSError if the kernel refuses; call again.
+        After a restart `prepare` and `release` end a hold, and do no harm where it has ended already.
         """
         if self._released:
             return Released(0, 0, self.dropped)
@@ -149,6 +155,7 @@ class Hold:
         went_in = self._play_in([*play, *self.take()])
         nft.release(self._pod_rules, nft.release_request(box.pod_table))
         went_in += self._play_in(self.take())
+        self._pod_held = self._host_held = False
         self._released = True
         return Released(went_in, went_out, self.dropped)
 

@@ -1,9 +1,7 @@
-import contextlib
 import os
 import select
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -67,22 +65,12 @@ def test_groups_below_freeze_and_end_with_it(group, counter):
     assert below.frozen
     assert group.pids() == [counter.pid]
     assert not running(counter)
-    with reaped(counter):
-        group.kill(soon())
+    group.kill(soon())
     assert (group.populated, group.pids()) == (False, [])
     group.remove(soon())
     assert not group.path.exists()
     group.remove(soon())
     group.kill(soon())
-
-
-@contextlib.contextmanager
-def reaped(process):
-    """Wait for the process meanwhile: a zombie keeps its group populated."""
-    waiting = threading.Thread(target=process.wait)
-    waiting.start()
-    yield
-    waiting.join()
 
 
 @pytest.mark.kernel

@@ -1,4 +1,5 @@
 import array
+import errno
 import fcntl
 import select
 import signal
@@ -336,6 +337,47 @@ def test_the_oldest_frames_are_kept_when_there_are_too_many(lab, box_with_receiv
     got = datagrams(receiver)
     assert 1000 < len(got) < KERNEL_LIMIT // 500
     assert got == list(range(len(got)))
+
+
+def test_a_hold_may_be_asked_for_twice_and_again_after_its_release(lab, box_with_receiver):
+    box, receiver = box_with_receiver
+    with held(box) as hold:
+        for _ in range(2):
+            hold.engage()
+            with numbered(lab, 2):
+                pass
+            hold.engage()
+            assert is_held(box)
+            assert silent(receiver, 0)
+            assert hold.release().played == 2
+            assert not is_held(box)
+            assert datagrams(receiver) == [0, 1]
+
+
+def test_a_hold_that_cannot_be_completed_is_taken_back(lab, monkeypatch):
+    box = lab.pod("one", "node-a")
+    with closing(Hold.prepare(box)) as hold:
+
+        def refuse(request: bytes) -> None:
+            raise OSError(errno.ENOMEM, "no memory")
+
+        monkeypatch.setattr(hold._host_rules, "execute", refuse)
+        with pytest.raises(GiveUp, match="no memory"):
+            hold.engage()
+        assert not is_held(box)
+
+
+def test_releasing_after_a_restart_works_held_or_not(lab, box_with_receiver):
+    box, receiver = box_with_receiver
+    with held(box), numbered(lab, 1):
+        pass
+    for _ in range(2):
+        with closing(Hold.prepare(box)) as hold:
+            assert hold.release().dropped == 0
+        assert not is_held(box)
+    with numbered(lab, 1):
+        pass
+    assert datagrams(receiver) == [0]
 
 
 def test_frames_that_are_not_the_pods_are_not_played(lab, box_with_receiver):
