@@ -27,16 +27,16 @@ from pathlib import Path
 from criu_transfer import uffd
 from criu_transfer.errors import RestoreFailed
 from criu_transfer.keeper import Keeper, Notify
-from criu_transfer.mapped import MappedStore
 from criu_transfer.ranges import RangeSet
 from criu_transfer.rewrite import PageSource
+from criu_transfer.stored import Buffer, StoredMemory
 from criu_transfer.takeover import Kind, Ledger, Link, Memory, Record, State
 
 SOCKET_NAME = "lazy-pages.socket"
 
 _FINISHED = 0x52535446
 _PID = struct.Struct("=i")
-_BACKGROUND = 1 << 20
+_BACKGROUND = 256 << 10
 _AROUND_FAULT = 64 << 10
 _FREE_BYTES = 16 << 20
 _SNAPSHOT_BYTES = 256 << 20
@@ -73,7 +73,7 @@ def serve(
     listener = _listen(image_dir)
 
     def main(ledger: Ledger, link: Link, state: State, fds: dict[int, int]) -> None:
-        stores = {vpid: MappedStore(source.fd) for vpid, source in sources.items()}
+        stores = {vpid: StoredMemory(source.fd) for vpid, source in sources.items()}
         pager = Pager(ledger, link, state, fds, stores, fill_gate=fill_gate, hook=hook)
         if not ledger.restored:
             pager.accept(listener, deadline_for_connect)
@@ -125,7 +125,7 @@ class Pager:
         link: Link,
         state: State,
         fds: Mapping[int, int],
-        stores: Mapping[int, MappedStore],
+        stores: Mapping[int, StoredMemory],
         *,
         fill_gate: int | None,
         hook: Hook,
@@ -135,6 +135,7 @@ class Pager:
         self._state = state
         self._stores = stores
         self._hook = hook
+        self._buffer = Buffer(_BACKGROUND)
         self._poll = select.poll()
         self._processes: dict[int, _Process] = {}  # by descriptor
         self._next_key = max(state.memories, default=0) + 1
@@ -339,7 +340,8 @@ class Pager:
         store = self._stores[process.memory.vpid]
         data, stop = store.segment(offset, offset + end - start)
         if data:
-            return uffd.copy(process.fd, start, store.address(offset), stop - offset)
+            store.read(self._buffer, offset, stop - offset)
+            return uffd.copy(process.fd, start, self._buffer.address, stop - offset)
         return uffd.zeropage(process.fd, start, stop - offset)
 
     def _filled(self, process: _Process, start: int, done: int, offset: int) -> None:
