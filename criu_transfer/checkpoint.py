@@ -92,7 +92,7 @@ def run(command: list[str], tools: Tools, deadline: float, error: type[Exception
         output.seek(0)
         text = output.read().decode(errors="replace")
     if code:
-        raise error(f"{what} failed ({code}): {text.strip()[-500:]}")
+        raise error(f"{what} failed ({code}): {' '.join(text.split())[-300:]}")
     return text
 
 

@@ -156,7 +156,8 @@ def write_parent(directory: Path, processes: Sequence[tuple[int, Sequence[Range]
     """
     directory.mkdir(parents=True, exist_ok=True)
     inventory = _encode({1: 2, 2: 1, 4: 1, 8: uptime_us})  # img_version, fdinfo_per_id, ns_per_id, dump_uptime
-    (directory / "inventory.img").write_bytes(_MAGIC.pack(_COMMON, _INVENTORY) + _framed(inventory))
+    # The inventory alone carries no common magic before its own (criu/image.c, img_check_magic).
+    (directory / "inventory.img").write_bytes(struct.pack("<I", _INVENTORY) + _framed(inventory))
     for pages_id, (vpid, vmas) in enumerate(processes, start=1):
         entries = [(start, (end - start) // PAGESIZE, PE_PRESENT) for start, end in sorted(vmas)]
         write_pagemap(pagemap_path(directory, vpid), Pagemap(pages_id, entries))

@@ -23,9 +23,9 @@ from criu_transfer.proctree import Process, processes_of
 from criu_transfer.sender import Sender
 from criu_transfer.tracker.wp_async import ProcessTracker
 
-# Mappings of the kernel's own: never in a list of pages.
+# Mappings of the kernel's own that are in no list of pages. [vdso] is: CRIU takes all of it to be in the parent.
+KERNEL_MAPPINGS = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"})
 STALL_SECONDS = 5.0  # how much longer than its round a peer may take to swallow a frame
-KERNEL_MAPPINGS = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]", "[vdso]", "[uprobes]"})
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,9 @@ from spotguard.events_log import EventLog
 from spotguard.settings import AgentSettings
 
 
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
+
+
 @dataclass(frozen=True, slots=True)
 class TransferLimits:
     """What a source announces and a target accepts for one migration, in bytes."""
@@ -51,6 +54,13 @@ class Parts:
     def pod_cgroup(self, workload: str) -> Cgroup:
         """The cgroup of a pod's container."""
         return Cgroup(self.settings.runtime.cgroup / "pods" / workload)
+
+    def receiver_cgroup(self, migration: str) -> tuple[Path, Path | None]:
+        """The cgroup of a receiver, and its directory below version 1's memory controller where that is the one."""
+        path = self.settings.runtime.cgroup / "receivers" / migration
+        if self.memory_v1 is None:
+            return path, None
+        return path, self.memory_v1 / path.relative_to(CGROUP_MOUNT)
 
     def work_dir(self, migration: str, side: str) -> Path:
         """The RAM-backed directory of one side of one migration."""

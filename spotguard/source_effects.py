@@ -27,6 +27,7 @@ from spotguard.parts import Parts, TransferLimits
 DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
 DRAIN_TRIES = 8
 DOUBLE_RUN_SECONDS = 0.3
+GROWTH_BYTES = 256 << 20
 
 
 class NotDrained(GiveUp):
@@ -158,7 +159,8 @@ class SourceEffects:
     def _limits(self) -> TransferLimits:
         transfer = self._parts.settings.transfer
         return TransferLimits(
-            max_memory=transfer.store_memory_max,
+            # The workload may grow, and forked children have pages of their own on the target.
+            max_memory=min(transfer.store_memory_max, 2 * self._left + GROWTH_BYTES),
             max_images=transfer.max_image_bytes,
             max_files=transfer.store_memory_max,
         )

@@ -21,6 +21,7 @@ from spotguard.ownership_effects import Ownership
 from spotguard.parts import Parts, TransferLimits
 from spotguard.receiver_process import ReceiverProcess
 
+RECEIVER_BYTES = 128 << 20  # for the receiver itself, beside what it stores
 PLAYED_LATE_LIMIT = 8 << 20
 
 
@@ -133,10 +134,9 @@ class TargetEffects:
         )
         image_dir = self._work_dir / "images"
         image_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path, memory_v1 = self._parts.receiver_cgroup(self._move.migration)
         group = Cgroup.create(
-            where.cgroup / "receivers" / self._move.migration,
-            memory_max=self._limits.max_memory + self._limits.max_images + (128 << 20),
-            memory_v1=self._parts.memory_v1,
+            path, memory_max=self._limits.max_memory + self._limits.max_images + RECEIVER_BYTES, memory_v1=memory_v1
         )
         self._receiver = await ReceiverProcess.start(
             self._parts,
@@ -162,7 +162,12 @@ class TargetEffects:
                 self._lazy = event.get("mode") == "live"
                 rewrite = float(event.get("rewrite_s", 0.0))
                 self._log("freeze-step", step="rewrite", start=now - rewrite, seconds=rewrite)
+                if not self._lazy:
+                    self._post(StateComplete(now))
+            case "pager-listening":  # only now may CRIU ask it
                 self._post(StateComplete(now))
+            case "rejected":
+                self._log("note", text=f"the receiver turned a caller away: {event.get('reason')}")
             case "failed":
                 self._post(StreamLost(now, str(event.get("error", "the receiver failed"))))
             case "filled":
@@ -246,7 +251,8 @@ class TargetEffects:
 
     async def _clean_up(self, command: c.CleanUp) -> None:
         where = self._parts.settings.runtime
-        group = Cgroup(where.cgroup / "receivers" / self._move.migration, memory_v1=self._parts.memory_v1)
+        path, memory_v1 = self._parts.receiver_cgroup(self._move.migration)
+        group = Cgroup(path, memory_v1=memory_v1)
         if self._receiver is not None:
             await self._receiver.wait(command.deadline)
         if group.path.exists():
