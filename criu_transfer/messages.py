@@ -13,6 +13,14 @@ from criu_transfer.errors import ProtocolError
 _NAME = 253  # longest name of a node, a migration or a tree
 _PATH = 4095  # PATH_MAX without its end
 _COUNT = (1 << 63) - 1
+IMAGES = "images"  # the tree that CRIU's images travel as
+MAX_DEPTH = 256  # of directories in a tree
+XATTR_SPACES = ("user.", "trusted.", "security.", "system.posix_acl_")
+# Attributes that stay behind, for they mean something on one node only: the label of a container, and overlayfs's
+# references to inodes of the lower layer.
+LOCAL_XATTRS = frozenset(
+    {"security.selinux", "trusted.overlay.origin", "user.overlay.origin", "trusted.overlay.uuid", "user.overlay.uuid"}
+)
 
 
 class Fields:
@@ -387,7 +395,11 @@ class FileDelete(Message):
 def check_path(path: str) -> str:
     """Return a path that stays beneath its root by its letters alone; else raise ProtocolError."""
     parts = path.split("/") if path else []
-    if "\0" in path or any(part in {"", ".", ".."} or len(_encoded(part)) > 255 for part in parts):
+    if (
+        "\0" in path
+        or len(parts) > MAX_DEPTH
+        or any(part in {"", ".", ".."} or len(_encoded(part)) > 255 for part in parts)
+    ):
         raise ProtocolError(f"path {path[:200]!a} is not relative and plain")
     return path
 
@@ -399,13 +411,10 @@ def _device(value: object) -> tuple[int, int]:
     raise ProtocolError("'device' is no pair of a major and a minor number")
 
 
-_XATTR_SPACES = ("user.", "trusted.", "security.", "system.posix_acl_")
-
-
 def _xattrs(fields: dict[str, object]) -> dict[str, bytes]:
     result = {}
     for name, text in fields.items():
-        if not name.startswith(_XATTR_SPACES) or len(_encoded(name)) > 255 or "\0" in name or not isinstance(text, str):
+        if not name.startswith(XATTR_SPACES) or len(_encoded(name)) > 255 or "\0" in name or not isinstance(text, str):
             raise ProtocolError(f"extended attribute {name[:80]!a} is not allowed")
         try:
             result[name] = base64.b64decode(text, validate=True)

@@ -30,6 +30,8 @@ _ZERO_PAGE = bytes(PAGE)
 _WORDS = PAGE // 8
 
 type Run = tuple[int, int]  # address, length
+type Send = Callable[[memoryview, int, int], None]
+"""Takes a whole frame, the bytes of data in it, and the bytes of zero pages that it stands for."""
 
 
 @dataclass(slots=True)
@@ -63,17 +65,24 @@ class PageCopier:
         self._view = memoryview(self._buffer)
         self.data = self._view[HEADROOM:]  # free for others between two calls of `copy`
 
-    def copy(self, memory: Memory, ranges: Iterable[tuple[int, int]], send: Callable[[memoryview], None]) -> CopyStats:
+    def copy(
+        self, memory: Memory, ranges: Iterable[tuple[int, int]], send: Send, stop: Callable[[], bool] = lambda: False
+    ) -> CopyStats:
         """Send sorted, page aligned ranges [start, end) of the process and enter them into the ledger.
 
         `ranges` come from a scan that protected them, so they were written since they were last sent: the ledger
-        forgets what cannot be read now. `send` gets whole frames and must be done with them when it returns; when it
-        raises, nobody knows what arrived, and the ledger is emptied. Raises ValueError for ranges out of order.
+        forgets what cannot be read now, and what is left when `stop` tells to end early. `send` must be done with a
+        frame when it returns; when it raises, nobody knows what arrived, and the ledger is emptied. Raises ValueError
+        for ranges out of order.
         """
         sent = zeros = 0
         owed = RangeSet()
         try:
             for batch in batches(ranges):
+                if stop():
+                    for start, end in batch:
+                        owed.add(start, end)
+                    continue
                 runs = self._read(memory.pid, batch, owed)
                 data, zero = self._sort_out_zeros(runs)
                 sent += self._send_data(memory.number, data, send)
@@ -132,7 +141,7 @@ class PageCopier:
                 offset = stop
         return data, zero
 
-    def _send_data(self, number: int, runs: list[Run], send: Callable[[memoryview], None]) -> int:
+    def _send_data(self, number: int, runs: list[Run], send: Send) -> int:
         if not runs:
             return 0
         total = sum(length for _, length in runs)
@@ -140,15 +149,16 @@ class PageCopier:
         head = encode_header(Header(Type.PAGES, number, len(runs), len(table) + total)) + table
         start = HEADROOM - len(head)
         self._view[start:HEADROOM] = head
-        send(self._view[start : HEADROOM + total])
+        send(self._view[start : HEADROOM + total], total, 0)
         return total
 
     @staticmethod
-    def _send_zeros(number: int, runs: list[Run], send: Callable[[memoryview], None]) -> int:
+    def _send_zeros(number: int, runs: list[Run], send: Send) -> int:
         if not runs:
             return 0
-        send(memoryview(frame(Type.ZERO, encode_runs(runs), number=number, offset=len(runs))))
-        return sum(length for _, length in runs)
+        total = sum(length for _, length in runs)
+        send(memoryview(frame(Type.ZERO, encode_runs(runs), number=number, offset=len(runs))), 0, total)
+        return total
 
 
 def batches(ranges: Iterable[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:

@@ -20,6 +20,7 @@ from criu_transfer.errors import DeadlinePassed, PeerGone, ProtocolError
 
 _HANDSHAKE = 5.0  # seconds for one handshake: a silent client must not keep the listener busy
 _DEAD_PEER = 10.0  # seconds without any answer of the peer's kernel before a connection is given up
+_LONGEST_POLL = 3600.0  # a deadline may be infinite
 _IDENTITY = "spiffe://spotguard/node/"
 
 
@@ -75,7 +76,7 @@ def wait(fd: int, event: int, deadline: float, watch: Watch | None = None) -> No
         if watched >= 0:
             poll.register(watched, select.POLLIN)
         left = deadline - time.monotonic()
-        ready = dict(poll.poll(max(0, math.ceil(left * 1000))))
+        ready = dict(poll.poll(max(0, math.ceil(min(left, _LONGEST_POLL) * 1000))))
         if watch is not None and watched in ready:
             watch.ready()
         if fd in ready:

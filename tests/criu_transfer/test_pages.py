@@ -85,7 +85,7 @@ class Receiver:
     def __init__(self, base: int = 0) -> None:
         self.base, self.pages, self.frames = base, {}, []
 
-    def __call__(self, raw: memoryview) -> None:
+    def __call__(self, raw: memoryview, data_bytes: int, zero_bytes: int) -> None:
         header = wire.decode_header(raw[: HEADER.size])
         assert len(raw) == HEADER.size + header.payload
         table, data = (
@@ -94,6 +94,8 @@ class Receiver:
         )
         runs = wire.decode_runs(header, table)
         self.frames.append((header.type, len(runs)))
+        assert sum(length for _, length in runs) == data_bytes + zero_bytes
+        assert (data_bytes == 0) == (header.type is Type.ZERO)
         for address, length in runs:
             for number in range((address - self.base) // PAGE, (address + length - self.base) // PAGE):
                 if header.type is Type.ZERO:
@@ -141,7 +143,9 @@ def test_pages_that_only_begin_with_zeros_are_no_zero_pages() -> None:
     area[PAGE - 1] = 1
     address = ctypes.addressof(ctypes.c_char.from_buffer(area))
     frames = []
-    PageCopier().copy(Memory(os.getpid(), 0), [(address, address + 2 * PAGE)], lambda raw: frames.append(bytes(raw)))
+    PageCopier().copy(
+        Memory(os.getpid(), 0), [(address, address + 2 * PAGE)], lambda raw, *_: frames.append(bytes(raw))
+    )
     assert [raw[0] for raw in frames] == [Type.PAGES, Type.ZERO]
     assert frames[0][-1] == 1
 
@@ -203,12 +207,23 @@ def test_a_failed_send_leaves_nothing_in_the_ledger(child) -> None:
     memory = Memory(source.pid, 0)
     copied(source, (0, 3), memory=memory)
 
-    def fail(_: memoryview) -> None:
+    def fail(*_: object) -> None:
         raise BrokenPipeError
 
     with pytest.raises(BrokenPipeError):
         PageCopier().copy(memory, [source.range(1, 2)], fail)
     assert not memory.ledger
+
+
+def test_a_stopped_copy_owes_the_rest(child) -> None:
+    source = child("a" * 3000)
+    memory = Memory(source.pid, 0)
+    memory.ledger.add(*source.range(0, 3000))
+    receiver = Receiver(source.base)
+    ranges = [source.range(0, 1500), source.range(1500, 2999)]
+    stats = PageCopier().copy(memory, ranges, receiver, lambda: len(receiver.frames) == 1)
+    assert RangeSet(stats.owed) == memory.owed == RangeSet([source.range(1024, 2999)])
+    assert list(memory.ledger) == [source.range(0, 1024), source.range(2999, 3000)]
 
 
 @pytest.mark.parametrize("ranges", [[(0, 0)], [(PAGE, 0)], [(1, PAGE)], [(PAGE, 2 * PAGE), (0, PAGE)]])
