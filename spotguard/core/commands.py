@@ -4,6 +4,7 @@ How the driver performs the tuple that one `step` returns:
 - in order, one at a time per machine; after the commands that are still in its queue. Only `Cancel` overtakes.
 - a command that has a result (`Command.answers`) always sends exactly one event that carries its name, at the latest
   at its deadline: `Done`, `Failed`, or its own event (`Checked`, `RoundCopied`, `TargetAnswered`, `OwnerAnswer`).
+- when the result is sent, nothing of the command is under way any more: no thread, no helper, no child process.
 - `Persist` reports only its failure; the driver then drops what followed it in the same tuple.
 - every command is idempotent: after a crash it may be performed again on what is half done or wholly done.
 """
@@ -171,7 +172,10 @@ class RequestRestore(Timed):
 
 @dataclass(frozen=True, slots=True)
 class StayFrozen(Timed):
-    """Close what a failed dump or a crash may have left open: hold the network again, freeze again."""
+    """Close what a failed dump or a crash may have left open: hold the network again, freeze again.
+
+    After a crash an earlier agent's dump may still run: it has to be ended first.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,7 +258,7 @@ class AwaitFill(Timed):
 
 @dataclass(frozen=True, slots=True)
 class DestroyRestored(Timed):
-    """Kill the restored copy, its network held to the end."""
+    """Kill the restored copy, and a restore that an earlier agent left running; network held to the end."""
 
 
 # --- node ---------------------------------------------------------------------------------------------------------

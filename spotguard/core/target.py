@@ -225,7 +225,9 @@ def _give_up(state: TargetState, reason: str, now: float) -> Step:
 def _damaged(state: TargetState, event: PagerDied) -> Step:
     reason = f"the pager died: {event.reason}"
     if state.phase in OWNING:
-        return _destroy(state, reason, event.now)
+        # Its command may wait for what never comes now (AwaitFill does).
+        destroying, orders = _destroy(state, reason, event.now)
+        return destroying, (c.Cancel(AWAITS[state.phase].__name__), *orders)
     if state.phase in DECIDING:
         # The answer makes the source reclaim, which ends the wait here.
         return replace(state, broken=state.broken or reason), (c.AnswerSource(resumed=False, reason=reason),)

@@ -410,7 +410,10 @@ class TestTarget:
 
     def test_a_pager_that_dies_while_filling_is_a_loss(self) -> None:
         play = up_to_taking() >> TAKEN >> Done(0, "MoveRoute") >> Done(0, "ReleaseNetwork") >> Done(0, "ThawProcesses")
-        destroy(play >> PagerDied(0, "killed"), Outcome.LOST)
+        play >> PagerDied(0, "killed") << "Cancel AnswerSource DestroyRestored"
+        play >> failed("AwaitFill", FailureKind.CANCELLED) << ""
+        play >> Done(0, "DestroyRestored") << "CleanUp"
+        assert play.state.outcome == Outcome.LOST
 
     def test_restart_before_the_swap_destroys(self) -> None:
         kept = Record(Role.TARGET, MOVE, "preparing", Mode.LIVE, END, "1")

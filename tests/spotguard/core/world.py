@@ -306,7 +306,8 @@ class Model:
                 )
                 yield f"{side} Persist fails", True, tell(dropped, Failed(0, "Persist", *_GIVE_UP))
             case c.Finished(outcome):
-                ended = agent._replace(finished=outcome, journal=None)
+                told = agent.finished if outcome == Outcome.REFUSED else outcome  # a late offer; the story was over
+                ended = agent._replace(finished=told, journal=None)
                 yield f"{side} finished {outcome}", False, after._replace(**{side[0]: ended})
             case c.ReadOwnership():
                 yield from _reads(after, side, tell)
