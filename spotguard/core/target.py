@@ -7,7 +7,8 @@ The rules:
 2. From the moment TakeOwnership is commanded, nothing but a verdict ends the wait: not an abort, not a deadline. The
    swap may be under way and may still win; a copy destroyed meanwhile would be a workload lost. The source can always
    end it by reclaiming. `Persist(TAKING)` stands before TakeOwnership, so a restarted agent knows.
-3. A copy that is damaged (its pager died) never swaps: it only reads, until the source has reclaimed.
+3. A copy that is damaged (its pager died), or of which that cannot be told after a restart, never swaps: it only
+   reads, until the source has reclaimed.
 4. Before TAKING the copy owns nothing and may be destroyed at any time, by an abort, a deadline, a restart.
 5. On a verdict YIELD it is destroyed, mute to the end.
 6. An offer is taken up only while the record says `source`. A late repeat of an offer whose migration is over and
@@ -343,7 +344,8 @@ def _owner(state: TargetState, event: OwnerAnswer) -> Step:
     verdict = resolve(Role.TARGET, answer, reading=state.phase == P.READING_OWNER)
     match verdict:
         case Verdict.OWN if state.broken:
-            after = _destroy(replace(state, owned=True), state.broken, event.now)
+            # An earlier swap had arrived. This is the only copy now: look once more before it is given up.
+            after = _enter(replace(state, owned=True, broken="", reason=state.broken), P.VERIFYING, event.now)
         case Verdict.OWN:
             after = _enter(replace(state, owned=True), P.ROUTING, event.now)
         case Verdict.YIELD:

@@ -406,7 +406,18 @@ class TestTarget:
 
     def test_a_damaged_copy_that_owns_is_lost(self) -> None:
         play = up_to_taking() >> PagerDied(0, "killed") << "AnswerSource"
-        destroy(play >> TAKEN, Outcome.LOST)
+        play >> TAKEN << "VerifySound"
+        destroy(play >> failed("VerifySound"), Outcome.LOST)
+
+    def test_a_copy_that_could_not_be_verified_but_owns_is_looked_at_again(self) -> None:
+        play = target_play() >> AgentRestarted(0, Record(Role.TARGET, MOVE, "taking", Mode.LIVE, END, "1"))
+        while play.state.phase == "verifying":
+            play >> failed("VerifySound", FailureKind.DEADLINE)
+            if play.state.wake:
+                play >> TimeReached(0, play.state.wake)
+        play << "ReadOwnership"
+        play >> owner(c.ReadOwnership, Found, Owner.TARGET) << "VerifySound"
+        resume(play >> Done(0, "VerifySound"))
 
     def test_a_pager_that_dies_while_filling_is_a_loss(self) -> None:
         play = up_to_taking() >> TAKEN >> Done(0, "MoveRoute") >> Done(0, "ReleaseNetwork") >> Done(0, "ThawProcesses")
