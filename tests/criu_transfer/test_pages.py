@@ -3,8 +3,6 @@ import itertools
 import mmap
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 from hypothesis import given
@@ -16,67 +14,6 @@ from criu_transfer.ranges import RangeSet
 from criu_transfer.wire import HEADER, MAX_DATA, PAGE, RUN, Type
 
 pytestmark = pytest.mark.kernel
-
-# Maps N pages, fills them as told ("-" zeros, "x" not readable but filled, "u" unmapped, any other letter its bytes),
-# prints the address, and then changes what the lines on its standard input say: PAGE LETTER.
-CHILD = """
-import ctypes, mmap, sys
-libc = ctypes.CDLL(None)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-plan = sys.argv[1]
-base = libc.mmap(None, len(plan) * 4096, 3, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
-def put(number, letter):
-    at = base + number * 4096
-    if letter == "u":
-        libc.munmap(at, 4096)
-        return
-    libc.mprotect(at, 4096, 3)
-    ctypes.memset(at, 0 if letter == "-" else ord(letter), 4096)
-    if letter == "x":
-        libc.mprotect(at, 4096, 0)
-for number, letter in enumerate(plan):
-    put(number, letter)
-print(base, flush=True)
-for line in sys.stdin:
-    number, letter = line.split()
-    put(int(number), letter)
-    print("done", flush=True)
-"""
-
-
-class Child:
-    def __init__(self, plan: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-S", "-c", CHILD, plan], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        self.pid = self.process.pid
-        self.base = int(self.process.stdout.readline())
-        self.plan = plan
-
-    def put(self, number: int, letter: str) -> None:
-        self.process.stdin.write(f"{number} {letter}\n")
-        self.process.stdin.flush()
-        assert self.process.stdout.readline() == "done\n"
-
-    def range(self, first: int, last: int) -> tuple[int, int]:
-        return self.base + first * PAGE, self.base + last * PAGE
-
-
-@pytest.fixture
-def child():
-    children = []
-
-    def start(plan: str) -> Child:
-        children.append(Child(plan))
-        return children[-1]
-
-    yield start
-    for each in children:
-        each.process.kill()
-        each.process.communicate()
 
 
 class Receiver:
@@ -109,7 +46,7 @@ class Receiver:
         return "".join(self.pages.get(n, "?") for n in range(max(self.pages) + 1))
 
 
-def copied(child: Child, *ranges: tuple[int, int], memory: Memory | None = None) -> tuple[str, CopyStats]:
+def copied(child, *ranges: tuple[int, int], memory: Memory | None = None) -> tuple[str, CopyStats]:
     receiver = Receiver(child.base)
     stats = PageCopier().copy(memory or Memory(child.pid, 0), [child.range(*r) for r in ranges], receiver)
     return receiver.plan() if receiver.pages else "", stats
