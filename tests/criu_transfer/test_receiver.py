@@ -108,7 +108,7 @@ def config(nodes, tmp_path) -> dict:
 
 
 @pytest.fixture
-def start():
+def start(config):
     running = []
 
     def start(*program: str, **changes: object) -> Receiver:
