@@ -199,3 +199,12 @@ def tgkill(pid: int, tid: int, signal: int) -> None:
     """Send a signal to one thread of a process (tgkill(2))."""
     if _held.tgkill(pid, tid, signal) < 0:
         raise _failed("tgkill")
+
+
+def getsockopt(fd: int, level: int, option: int, length: int) -> bytes:
+    """Read a socket option of any descriptor (getsockopt(2)), without making a socket object that would own it."""
+    room = ctypes.create_string_buffer(length)
+    size = ctypes.c_uint(length)
+    if _held.getsockopt(fd, level, option, room, ctypes.byref(size)) < 0:
+        raise _failed("getsockopt")
+    return room.raw[: size.value]

@@ -25,7 +25,8 @@ def read_process(pid: int) -> Process | None:
         status = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
-    if fields[0] in "ZXx":
+    # A main thread that has exited looks like a zombie while its other threads run on.
+    if fields[0] in "Xx" or (fields[0] == "Z" and int(fields[17]) <= 1):
         return None
     vpids = next(line for line in status.splitlines() if line.startswith("NSpid:"))
     return Process(pid, int(vpids.split()[-1]), int(fields[19]))

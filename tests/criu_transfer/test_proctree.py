@@ -64,6 +64,25 @@ def test_zombies_are_left_out(cgroup: Path, sleepers: list[subprocess.Popen[byte
     assert not is_alive(process)
 
 
+def test_a_process_whose_main_thread_has_exited_is_no_zombie(sleepers: list[subprocess.Popen[bytes]]) -> None:
+    program = """
+import ctypes, threading, time
+def other():
+    while open('/proc/self/stat').read().rpartition(')')[2].split()[0] != 'Z': time.sleep(0.001)
+    print('up', flush=True)
+    time.sleep(60)
+threading.Thread(target=other).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    sleepers.append(child)
+    assert child.stdout
+    child.stdout.readline()
+    process = read_process(child.pid)
+    assert process is not None
+    assert is_alive(process)
+
+
 def test_vpid_is_what_the_process_sees_itself_as(sleepers: list[subprocess.Popen[bytes]]) -> None:
     outer = subprocess.Popen(["unshare", "--pid", "--fork", "--kill-child", *SLEEPER], stdout=subprocess.PIPE)
     sleepers.append(outer)
