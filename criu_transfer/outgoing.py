@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from criu_transfer import checkpoint, images
 from criu_transfer.errors import DeadlinePassed, DumpFailed, TrackerUnavailable
@@ -118,9 +119,10 @@ class Outgoing:
         self._sender.mark(patience)
         return RoundResult(sent, self._pending(), time.monotonic() - start)
 
-    def capture(self, mode: Mode, deadline: float) -> Capture:
+    def capture(self, mode: Mode, deadline: float, *, beside: Mapping[str, bytes] = MappingProxyType({})) -> Capture:
         """Capture the frozen container and send all of it, END included; returns when the receiver has acknowledged.
 
+        `beside`: files, by name, that the target finds beside CRIU's images.
         END is sent only after the dump has succeeded. Raises DumpFailed, PeerGone, StateMissing, DeadlinePassed.
         """
         done = Capture()
@@ -148,6 +150,8 @@ class Outgoing:
             pids = [process.pid for process in frozen]
             done.file_bytes += self._sender.send_tree(name, directory, deadline, pids=pids).bytes
         clock.lap("files")
+        for name, content in beside.items():
+            (image_dir / name).write_bytes(content)
         done.image_bytes = self._sender.send_images(image_dir, deadline).bytes
         self._sender.end({process.vpid: process for process in tracked}, mode, deadline)
         clock.lap("images")

@@ -7,6 +7,6 @@ run ruff check .
 run ruff format --check .
 run mypy
 run lint-imports --no-cache
-run shellcheck -x deploy/lint.sh deploy/rootfs/build.sh deploy/rootfs/enter.sh
+run shellcheck -x deploy/lint.sh deploy/rootfs/build.sh deploy/rootfs/enter.sh deploy/rootfs/inside.sh
 run sh -c 'gcc -fsyntax-only -std=gnu17 -Wall -Wextra -Wshadow -Wconversion -Wno-sign-conversion -Werror criu_transfer/native/*.c'
 exit $status

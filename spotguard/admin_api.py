@@ -6,6 +6,7 @@ POST /v1/migrations         {"pod": NAME, "target": NODE or null, "time_left_s":
 """
 
 import json
+import math
 import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -45,7 +46,10 @@ def make_app(port: AdminPort, log: EventLog) -> web.Application:
     async def move(request: web.Request) -> web.Response:
         try:
             body = await request.json()
-            migration = port.move(str(body["pod"]), body.get("target"), float(body.get("time_left_s", 120)))
+            left = float(body.get("time_left_s", 120))
+            if not 0 < left < math.inf:
+                raise ValueError(f"time_left_s is {left}; expected seconds above 0")
+            migration = port.move(str(body["pod"]), body.get("target"), left)
         except (ValueError, KeyError, TypeError, AttributeError) as wrong:
             return web.json_response({"reason": f"{type(wrong).__name__}: {wrong}"}, status=400)
         return web.json_response({"migration": migration}, status=202)

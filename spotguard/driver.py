@@ -95,11 +95,13 @@ class Driver:
     async def _next_event(self, worker: asyncio.Task[None]) -> Event:
         """Wait for an event; a worker that broke ends the machine instead of letting it wait for ever."""
         getter = asyncio.ensure_future(self._events.get())
-        await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
-        if not getter.done():
-            getter.cancel()
-            worker.result()
-        return getter.result()
+        try:
+            await asyncio.wait({getter, worker}, return_when=asyncio.FIRST_COMPLETED)
+            if not getter.done():
+                worker.result()
+            return getter.result()
+        finally:
+            getter.cancel()  # also when the run itself is cancelled
 
     def _take(self, event: Event) -> None:
         before = getattr(self.state, "phase", None)

@@ -14,7 +14,7 @@ from spotguard.clock import Clock
 from spotguard.events_log import EventLog
 from spotguard.settings import AgentSettings
 
-
+CONNTRACK_FILE = "spotguard-conntrack.json"  # travels beside CRIU's images
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 

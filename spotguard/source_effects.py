@@ -1,6 +1,7 @@
 """Performs the commands of the source's machine on real processes, runc, the network and the wire."""
 
 import asyncio
+import json
 import shutil
 
 import tenacity
@@ -15,14 +16,14 @@ from criu_transfer.proctree import processes_of
 from criu_transfer.sender import Sender
 from handlers import bundle as bundles
 from handlers.control import Offer
-from handlers.network import backlog, frames, routes, sandbox
+from handlers.network import backlog, conntrack, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
 from spotguard.core.events import Checked, Event, FailureKind, RoundCopied, TargetAnswered
 from spotguard.core.state import Mode, Move
 from spotguard.frame_forwarder import FrameForwarder
 from spotguard.ownership_effects import Ownership
-from spotguard.parts import Parts, TransferLimits
+from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
 
 DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
 DRAIN_TRIES = 8
@@ -49,6 +50,7 @@ class SourceEffects:
         self._outgoing: Outgoing | None = None
         self._hold: Hold | None = None
         self._forwarder: FrameForwarder | None = None
+        self._found: sandbox.Sandbox | None = None
         self._maps: dict[int, list[Vma]] | None = None
         self._loop = asyncio.get_running_loop()
         self._sent = 0
@@ -148,10 +150,7 @@ class SourceEffects:
         answer = await self._parts.control.offer(self._move.target, offer, command.deadline)
         self._work_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         await asyncio.to_thread(self._open_stream, answer.stream_host, answer.stream_port, limits, command.deadline)
-        box = sandbox.find(self._move.workload)
-        if box is None:
-            raise GiveUp(f"pod {self._move.workload} has no network of ours")
-        self._hold = await asyncio.to_thread(Hold.prepare, box)
+        self._hold = await asyncio.to_thread(lambda: Hold.prepare(self._box()))
         # Connections that the freeze will need are opened before it.
         await self._parts.store.warm(command.deadline)
         await self._parts.control.warm(self._move.target, command.deadline)
@@ -233,10 +232,7 @@ class SourceEffects:
 
     def _engage(self) -> None:
         if self._hold is None:
-            box = sandbox.find(self._move.workload)
-            if box is None:
-                raise GiveUp(f"pod {self._move.workload} has no network of ours")
-            self._hold = Hold.prepare(box)
+            self._hold = Hold.prepare(self._box())
         self._hold.engage()
         if self._forwarder is None:
             self._forwarder = FrameForwarder(self._hold, self._send_frames)
@@ -262,10 +258,11 @@ class SourceEffects:
 
     def _freeze_once(self, deadline: float) -> None:
         self._cgroup.freeze(deadline)
+        # A handshake under way cannot end while the network is held: it is given up, and carries no data yet.
         waiting = backlog.undelivered(self._box().netns)
-        if waiting:
+        if waiting.unaccepted:
             self._cgroup.thaw(deadline)
-            raise NotDrained(f"connections wait to be accepted: {waiting}")
+            raise NotDrained(f"{waiting.unaccepted} connections wait to be accepted")
 
     async def _dump_and_send(self, command: c.DumpAndSend) -> None:
         if self._hold is None or self._forwarder is None:
@@ -274,7 +271,13 @@ class SourceEffects:
         self._maps = await asyncio.to_thread(outgoing.maps)
         self._forwarder.add(self._hold.take_sent())
         mode = WireMode.LIVE if command.mode is Mode.LIVE else WireMode.STOP_AND_COPY
-        done = await asyncio.to_thread(outgoing.capture, mode, command.deadline)
+        tracked = conntrack.entries(self._manifest.address)
+        ending = conntrack.unkeepable(tracked, [self._parts.settings.node.address])
+        if ending:
+            self._log("note", text=f"{len(ending)} connections stand on this node's own address and end with the move")
+        kept = [entry for entry in tracked if entry not in ending]
+        beside = {CONNTRACK_FILE: json.dumps(conntrack.to_json(kept)).encode()}
+        done = await asyncio.to_thread(outgoing.capture, mode, command.deadline, beside=beside)
         for step, start, seconds in done.steps:
             self._log("freeze-step", step=step, start=start, seconds=seconds)
         self._log(
@@ -366,10 +369,11 @@ class SourceEffects:
         return self._outgoing
 
     def _box(self) -> sandbox.Sandbox:
-        box = sandbox.find(self._move.workload)
-        if box is None:
+        if self._found is None:  # looking takes milliseconds: not in the freeze
+            self._found = sandbox.find(self._move.workload)
+        if self._found is None:
             raise GiveUp(f"pod {self._move.workload} has no network of ours")
-        return box
+        return self._found
 
     def _now(self) -> float:
         return self._parts.clock.monotonic()

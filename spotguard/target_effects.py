@@ -1,6 +1,7 @@
 """Performs the commands of the target's machine: sandbox, receiver, restore, hand-over, resume."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -12,13 +13,13 @@ from handlers import bundle as bundles
 from handlers.bundle import PodManifest
 from handlers.cgroup import Cgroup
 from handlers.errors import GiveUp
-from handlers.network import frames, routes, sandbox
+from handlers.network import conntrack, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
 from spotguard.core.events import Event, FailureKind, PagerDied, StateComplete, StreamLost
 from spotguard.core.state import Move
 from spotguard.ownership_effects import Ownership
-from spotguard.parts import Parts, TransferLimits
+from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
 from spotguard.receiver_process import ReceiverProcess
 
 RECEIVER_BYTES = 128 << 20  # for the receiver itself, beside what it stores
@@ -218,12 +219,25 @@ class TargetEffects:
         return "release" in self.answers.timings
 
     async def _release(self) -> None:
-        hold = self._hold if self._hold is not None else Hold.adopt(self._box())
+        hold = self._hold if self._hold is not None else Hold.prepare(self._box())
         self._hold = hold
         play, sent = frames.by_direction(self._frames, self._manifest.address)
+        refused = await asyncio.to_thread(self._recreate_tracking)
+        if refused:
+            self._log("note", text=f"{refused} tracked connections were refused by the kernel")
         done = await asyncio.to_thread(hold.release, play, sent)
         self._log("released", played=done.played, sent=done.sent, dropped=done.dropped)
         self._frames.clear()
+
+    def _recreate_tracking(self) -> int:
+        """Make the node know the connections that it translates for the pod, before their next packet passes.
+
+        Returns how many the kernel refused.
+        """
+        path = self._work_dir / "images" / CONNTRACK_FILE
+        if not path.exists():
+            return 0
+        return len(conntrack.recreate(conntrack.from_json(json.loads(path.read_bytes()))))
 
     def _play_late(self, taken: list[bytes]) -> None:
         if self._hold is not None:

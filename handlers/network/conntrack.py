@@ -14,8 +14,9 @@ import struct
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
+from handlers.errors import GiveUp
 from handlers.network import netlink
 from handlers.network.netlink import ACK, CREATE, DUMP, EXCLUSIVE, attribute, attributes, message, nested
 from handlers.network.netns import HERE
@@ -57,6 +58,59 @@ class Entry:
     timeout: int
     mark: int = 0
     state: int | None = None
+
+
+def to_json(tracked: Iterable[Entry]) -> list[dict[str, Any]]:
+    """Give entries as JSON types, to send them to another node."""
+    return [
+        {
+            "protocol": entry.protocol,
+            "original": _ends_to_json(entry.original),
+            "reply": _ends_to_json(entry.reply),
+            "timeout": entry.timeout,
+            "mark": entry.mark,
+            "state": entry.state,
+        }
+        for entry in tracked
+    ]
+
+
+def from_json(data: Any) -> list[Entry]:
+    """Read what `to_json` gave and a peer sent; raises GiveUp for anything else."""
+    try:
+        return [
+            Entry(
+                protocol=_number(one["protocol"], 255),
+                original=_ends_from_json(one["original"]),
+                reply=_ends_from_json(one["reply"]),
+                timeout=_number(one["timeout"], 1 << 31),
+                mark=_number(one["mark"], (1 << 32) - 1),
+                state=None if one["state"] is None else _number(one["state"], 255),
+            )
+            for one in list(data)
+        ]
+    except (KeyError, TypeError, ValueError) as wrong:
+        raise GiveUp(f"no list of tracked connections: {type(wrong).__name__}: {wrong}") from wrong
+
+
+def _ends_to_json(ends: Tuple) -> list[str | int]:
+    return [str(ends.source), ends.source_port, str(ends.destination), ends.destination_port]
+
+
+def _ends_from_json(data: Any) -> Tuple:
+    source, source_port, destination, destination_port = data
+    return Tuple(
+        ipaddress.ip_address(source),
+        _number(source_port, 65535),
+        ipaddress.ip_address(destination),
+        _number(destination_port, 65535),
+    )
+
+
+def _number(value: object, most: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError(f"{str(value)[:40]!r} is no number from 0 to {most}")
+    return value
 
 
 def entries(address: str, *, node: Path = HERE) -> list[Entry]:

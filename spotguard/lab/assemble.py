@@ -130,9 +130,11 @@ class _Story:
         )
 
     def freeze(self) -> Freeze | None:
-        steps = self._all("freeze-step")
-        if not steps:
+        # The target reads the owner record before it takes an offer up too: that is no part of the freeze.
+        begun = next((float(s["start"]) for s in self._all("freeze-step") if s["step"] == "hold"), None)
+        if begun is None:
             return None
+        steps = [step for step in self._all("freeze-step") if float(step["start"]) >= begun]
         first = min(float(step["start"]) for step in steps)
         lengths: dict[str, float] = {}
         starts: dict[str, float] = {}

@@ -23,6 +23,7 @@ SAMPLE_SECONDS = 0.001
 STOP_SECONDS = 5.0
 PF_EXITING = 0x4  # include/linux/sched.h; field 9 of /proc/PID/stat
 SIGKILL_BIT = 1 << 8
+FREEZER_TRAP = frozenset({"do_freezer_trap", "get_signal"})  # the latter where the compiler has inlined the former
 IDLE_STATES = frozenset("tTZX")  # traced, stopped, zombie, dead: proc_pid_stat(5)
 
 
@@ -110,7 +111,18 @@ def _executes(thread: int) -> bool:
         return False
     pending = {line[:6]: int(line[7:], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))}
     dying = int(stat[6]) & PF_EXITING or any(bits & SIGKILL_BIT for bits in pending.values())
-    return not dying and stat[0] not in IDLE_STATES
+    return not dying and stat[0] not in IDLE_STATES and not (stat[0] == "S" and in_freezer(thread))
+
+
+def in_freezer(thread: int) -> bool:
+    """Tell whether a sleeping task sits in the cgroup freezer's trap (kernel/signal.c, do_freezer_trap).
+
+    While a frozen cgroup is being killed it is not wholly frozen any more, and some of its tasks still are.
+    """
+    try:
+        return Path(f"/proc/{thread}/wchan").read_text(encoding="ascii", errors="replace") in FREEZER_TRAP
+    except OSError:  # gone meanwhile
+        return True
 
 
 @dataclass
