@@ -93,7 +93,8 @@ OWNING = frozenset({P.ROUTING, P.RELEASING, P.THAWING, P.FILLING})
 class TargetState:
     """All that the machine knows. `wake`: the tag that is waited for before the phase's command is given again.
 
-    `broken`: why this copy must not become the owner; empty when it may. `owned`: a verdict OWN was read.
+    `broken`: why this copy must not become the owner; empty when it may. `doubted`: whether it is whole could not be
+    told, so it does not swap. `owned`: a verdict OWN was read.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -104,6 +105,7 @@ class TargetState:
     complete: bool = False
     restore_by: float | None = None  # set when the source has asked
     broken: str = ""
+    doubted: bool = False
     owned: bool = False
     outcome: Outcome | None = None
     reason: str = ""
@@ -286,7 +288,7 @@ def _succeeded(state: TargetState, event: Done) -> Step:
             ready, more = _restore_when_ready(replace(state, phase=P.RECEIVING), event.now)
             return ready, (c.AnswerOffer(accepted=True, reason=""), *more)
         case P.VERIFYING:
-            return _enter(state, P.ROUTING if state.owned else P.READING_OWNER, event.now)
+            return _verified(state, event.now, broken=state.broken)
         case P.FILLING:
             return _enter(replace(state, outcome=Outcome.RESUMED, reason=""), P.CLEANING, event.now)
         case P.CLEANING:
@@ -301,10 +303,10 @@ def _failed(state: TargetState, event: Failed) -> Step:
     reason = f"{event.command}: {event.reason}"
     patient = state.attempts < state.limits.tries
     match state.phase:
-        case P.VERIFYING if event.kind == FailureKind.GIVE_UP or not (patient or state.owned):
-            after = _unsound(state, reason, event.now)
+        case P.VERIFYING if event.kind == FailureKind.GIVE_UP or state.broken:
+            after = _verified(state, event.now, broken=state.broken or reason)
         case P.VERIFYING if not patient:
-            after = _enter(state, P.ROUTING, event.now)  # it may well be whole, and it is the only copy
+            after = _verified(replace(state, doubted=not state.owned), event.now, broken="")
         case P.ROUTING if not patient:
             after = _enter(state, P.RELEASING, event.now)  # better a workload that few can reach than a frozen one
         case P.FILLING if event.kind == FailureKind.DEADLINE:
@@ -318,10 +320,11 @@ def _failed(state: TargetState, event: Failed) -> Step:
     return after[0], (c.Note(f"{event.command} failed ({event.kind}): {event.reason}"), *after[1])
 
 
-def _unsound(state: TargetState, reason: str, now: float) -> Step:
+def _verified(state: TargetState, now: float, broken: str) -> Step:
+    """Go on after a look at the copy. What owns and is not known to be broken goes on: it is the only copy."""
     if state.owned:
-        return _destroy(state, reason, now)
-    return _enter(replace(state, broken=reason), P.READING_OWNER, now)
+        return _destroy(state, broken, now) if broken else _enter(state, P.ROUTING, now)
+    return _enter(replace(state, broken=broken), P.READING_OWNER, now)
 
 
 def _unwritten(state: TargetState, event: Failed) -> Step:
@@ -344,13 +347,15 @@ def _owner(state: TargetState, event: OwnerAnswer) -> Step:
     verdict = resolve(Role.TARGET, answer, reading=state.phase == P.READING_OWNER)
     match verdict:
         case Verdict.OWN if state.broken:
-            # An earlier swap had arrived. This is the only copy now: look once more before it is given up.
-            after = _enter(replace(state, owned=True, broken="", reason=state.broken), P.VERIFYING, event.now)
+            after = _destroy(replace(state, owned=True), state.broken, event.now)
+        case Verdict.OWN if state.doubted:
+            # An earlier swap had arrived. This is the only copy now: look once more.
+            after = _enter(replace(state, owned=True, doubted=False), P.VERIFYING, event.now)
         case Verdict.OWN:
             after = _enter(replace(state, owned=True), P.ROUTING, event.now)
         case Verdict.YIELD:
             after = _destroy(state, state.broken or "the source has reclaimed it", event.now)
-        case Verdict.SWAP | Verdict.LATER if state.broken:
+        case Verdict.SWAP | Verdict.LATER if state.broken or state.doubted:
             after = _later(replace(state, phase=P.READING_OWNER), event.now)
         case Verdict.SWAP:
             after = _again(replace(state, phase=P.TAKING), event.now)

@@ -406,8 +406,12 @@ class TestTarget:
 
     def test_a_damaged_copy_that_owns_is_lost(self) -> None:
         play = up_to_taking() >> PagerDied(0, "killed") << "AnswerSource"
-        play >> TAKEN << "VerifySound"
-        destroy(play >> failed("VerifySound"), Outcome.LOST)
+        destroy(play >> TAKEN, Outcome.LOST)
+
+    def test_a_pager_that_dies_during_the_look_counts(self) -> None:
+        play = target_play() >> AgentRestarted(0, Record(Role.TARGET, MOVE, "routing", Mode.LIVE, END, "1"))
+        play >> PagerDied(0, "killed") << "AnswerSource"
+        destroy(play >> Done(0, "VerifySound"), Outcome.LOST)
 
     def test_a_copy_that_could_not_be_verified_but_owns_is_looked_at_again(self) -> None:
         play = target_play() >> AgentRestarted(0, Record(Role.TARGET, MOVE, "taking", Mode.LIVE, END, "1"))

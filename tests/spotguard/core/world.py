@@ -226,7 +226,8 @@ class Model:
         if w.t.state.phase != TargetPhase.DONE or w.t.queue:
             yield "target crashes", True, _target_crash(w)
         elif w.m_offer or w.m_restore or w.m_abort:
-            yield "target forgets", True, w._replace(t=Agent(TargetState(limits=LIMITS), finished=w.t.finished))
+            told = None if w.t.finished == Outcome.DESTROYED else w.t.finished  # it may be told to begin again
+            yield "target forgets", True, w._replace(t=Agent(TargetState(limits=LIMITS), finished=told))
         if w.t.queue:
             command, rest = _head(w.t)
             after = w._replace(t=rest)
@@ -263,7 +264,11 @@ class Model:
                 yield f"{name} arrives, repeats", True, arrived
             yield f"{name} is lost", True, w._replace(**{name: False})
         if w.t_receiver and not w.t_complete:
-            yield "stream is lost", True, self.tell_target(w._replace(t_receiver=False), StreamLost(0, REASON))
+            yield (
+                "stream is lost",
+                True,
+                self.tell_target(w._replace(t_receiver=False, m_end=False), StreamLost(0, REASON)),
+            )
 
     def _perform_target(self, w: World, command: c.Command) -> Iterator[tuple[str, bool, World, Any]]:
         if isinstance(command, c.TakeOwnership):
@@ -334,8 +339,8 @@ def _told(agent: Agent, state: Any, commands: tuple[c.Command, ...]) -> Agent:
     wakes &= {state.wake, target.OFFER_TAG if state.phase in _OFFERED else None}
     batch = tuple(_plain(command) for command in commands if not isinstance(command, c.Wake | c.Note | c.Cancel))
     state = replace(state, reason="", attempts=min(state.attempts, LIMITS.tries))
-    if isinstance(state, TargetState) and (state.broken or state.complete) and state.phase in _OVER:
-        state = replace(state, broken="", complete=False, restore_by=None)
+    if isinstance(state, TargetState) and (state.broken or state.doubted or state.complete) and state.phase in _OVER:
+        state = replace(state, broken="", doubted=False, complete=False, restore_by=None)
     return agent._replace(state=state, wakes=wakes, queue=(*agent.queue, batch) if batch else agent.queue)
 
 
@@ -410,7 +415,7 @@ def _target_crash(w: World) -> World:
     crashed = w._replace(t=_crashed(w.t))
     if w.t_kept:
         return crashed
-    return crashed._replace(t_receiver=False, t_pager=False, t_complete=False)
+    return crashed._replace(t_receiver=False, t_pager=False, t_complete=False, m_end=False)
 
 
 def _nothing(w: World) -> World:
@@ -427,7 +432,7 @@ def _whole(w: World) -> bool:
 
 def _destroyed(w: World) -> World:
     gone = Proc.NONE if w.t_proc == Proc.NONE else Proc.DEAD
-    return w._replace(t_proc=gone, t_receiver=False, t_pager=False, t_complete=False)
+    return w._replace(t_proc=gone, t_receiver=False, t_pager=False, t_complete=False, m_end=False)
 
 
 # What each command does to the world.
