@@ -296,6 +296,8 @@ def _failed(state: SourceState, event: Failed) -> Step:
             after = _freeze_with(state, event.now)
         case P.VERIFYING if event.kind == FailureKind.GIVE_UP or state.attempts >= state.limits.tries:
             after = _enter(replace(blamed, outcome=Outcome.LOST), P.DESTROYING, event.now)
+        case P.DETACHING if state.attempts < state.limits.tries:
+            after = _later(state, event.now)  # a tracker left behind slows every first write and blocks huge pages
         case P.CLEANING if state.attempts >= state.limits.tries:
             after = _finish(blamed, state.outcome or Outcome.ROLLED_BACK, blamed.reason)
         case P.RECLAIMING | P.READING_OWNER | P.VERIFYING | P.RELEASING | P.THAWING | P.DESTROYING | P.CLEANING:

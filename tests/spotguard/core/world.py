@@ -318,7 +318,7 @@ class Model:
                 yield from _reads(after, side, tell)
             case c.TakeOwnership() | c.ReclaimOwnership() | c.CreateOwnership() | c.AnswerOffer() | c.AnswerSource():
                 pass
-            case c.CleanUp() if agent.state.attempts >= LIMITS.tries:
+            case c.CleanUp() | c.DetachTracker() if agent.state.attempts >= LIMITS.tries:
                 pass  # one that fails for ever leaves leftovers; nothing is to be learnt from that
             case _:
                 # To say "not sound" of a sound process would be a lie, not a failure.
