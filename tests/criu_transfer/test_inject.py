@@ -349,6 +349,12 @@ def test_a_process_that_cannot_be_traced(spawn: Spawn) -> None:
         getpid_in(child)
 
 
+def test_it_does_not_wait_for_a_processor(spawn: Spawn) -> None:
+    child = spawn("say('ready'); input()")
+    assert inject.run(child.pid, time.monotonic() + 5, lambda _group: os.sched_getscheduler(0)) == os.SCHED_RR
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 def test_killed_in_between(spawn: Spawn) -> None:
     child = spawn("threading.Thread(target=input).start(); say('ready')")
 
