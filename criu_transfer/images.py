@@ -150,8 +150,9 @@ def joined(ranges: Iterable[Range]) -> list[Range]:
 def write_parent(directory: Path, processes: Sequence[tuple[int, Sequence[Range]]], uptime_us: int) -> None:
     """Write a parent image that claims every page of the given private mappings, by process.
 
-    CRIU then leaves out each page that is not marked as written. `uptime_us` is microseconds of CLOCK_BOOTTIME after
-    the start of the youngest process: an older one makes CRIU suspect a reused pid and dump everything.
+    CRIU then leaves out each page that is not marked as written. It needs every private mapping here, [vdso] too (whose
+    bytes then have to be in the store), but not [vvar] and [vsyscall]. `uptime_us` is microseconds of CLOCK_BOOTTIME
+    after the start of the youngest process: an older one makes CRIU suspect a reused pid and dump everything.
     Raises OSError.
     """
     directory.mkdir(parents=True, exist_ok=True)

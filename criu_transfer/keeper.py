@@ -48,6 +48,7 @@ class Keeper:
         Raises RestoreFailed when CRIU did not finish, StateMissing when memory could not be completed. In both cases
         nothing in the container's cgroup runs any more.
         """
+        self._tell({"event": "pager-listening"})
         state = State(self._lazy)
         for deaths in range(1, _DEATHS_ALLOWED + 2):
             if self._one_pager(state):

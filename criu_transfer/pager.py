@@ -15,6 +15,7 @@ lazy-pages daemon has the same gap.
 
 import errno
 import os
+import resource
 import select
 import socket
 import struct
@@ -29,7 +30,7 @@ from criu_transfer.errors import RestoreFailed
 from criu_transfer.keeper import Keeper, Notify
 from criu_transfer.ranges import RangeSet
 from criu_transfer.rewrite import PageSource
-from criu_transfer.stored import Buffer, StoredMemory
+from criu_transfer.stored import Buffer, StoreFile
 from criu_transfer.takeover import Kind, Ledger, Link, Memory, Record, State
 
 SOCKET_NAME = "lazy-pages.socket"
@@ -73,7 +74,7 @@ def serve(
     listener = _listen(image_dir)
 
     def main(ledger: Ledger, link: Link, state: State, fds: dict[int, int]) -> None:
-        stores = {vpid: StoredMemory(source.fd) for vpid, source in sources.items()}
+        stores = {vpid: StoreFile(source.fd) for vpid, source in sources.items()}
         pager = Pager(ledger, link, state, fds, stores, fill_gate=fill_gate, hook=hook)
         if not ledger.restored:
             pager.accept(listener, deadline_for_connect)
@@ -81,8 +82,10 @@ def serve(
         pager.run()
 
     keeper = Keeper(lazy, cgroup=cgroup, notify=notify, main=main)
+    # Each fork of the container is one more descriptor; short of them, the pager would have to give up.
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     with listener:
-        notify({"event": "pager-listening"})
         keeper.run()
 
 
@@ -125,7 +128,7 @@ class Pager:
         link: Link,
         state: State,
         fds: Mapping[int, int],
-        stores: Mapping[int, StoredMemory],
+        stores: Mapping[int, StoreFile],
         *,
         fill_gate: int | None,
         hook: Hook,

@@ -23,7 +23,7 @@ class Buffer:
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
 
 
-class StoredMemory:
+class StoreFile:
     """One file of the store; its offsets are the addresses that the process had. Forked processes share one."""
 
     def __init__(self, fd: int) -> None:
