@@ -80,8 +80,8 @@ def run[T](pid: int, deadline: float, action: "Callable[[StoppedGroup], T]") -> 
     outcome: Future[T] = Future()
 
     def work() -> None:
-        # On a busy machine we must not wait for a processor while the application is stopped: seen to take the median stop
-        # from 8 ms to under 1 ms. A raised nice value does not help.
+        # On a busy machine we must not wait for a processor while the application is stopped: the median stop was
+        # seen to go from 8 ms to under 1 ms. A raised nice value does not help.
         with contextlib.suppress(PermissionError):
             os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
         group = StoppedGroup(pid, min(deadline, time.monotonic() + STOP_LIMIT_SECONDS))
