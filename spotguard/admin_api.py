@@ -46,10 +46,7 @@ def make_app(port: AdminPort, log: EventLog) -> web.Application:
     async def move(request: web.Request) -> web.Response:
         try:
             body = await request.json()
-            left = float(body.get("time_left_s", 120))
-            if not 0 < left < math.inf:
-                raise ValueError(f"time_left_s is {left}; expected seconds above 0")
-            migration = port.move(str(body["pod"]), body.get("target"), left)
+            migration = port.move(str(body["pod"]), body.get("target"), _seconds(body.get("time_left_s", 120)))
         except (ValueError, KeyError, TypeError, AttributeError) as wrong:
             return web.json_response({"reason": f"{type(wrong).__name__}: {wrong}"}, status=400)
         return web.json_response({"migration": migration}, status=202)
@@ -57,6 +54,13 @@ def make_app(port: AdminPort, log: EventLog) -> web.Application:
     app = web.Application(client_max_size=16 << 10)
     app.add_routes([web.get("/v1/events", events), web.get("/v1/status", status), web.post("/v1/migrations", move)])
     return app
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"time_left_s is {seconds}; expected seconds above 0")
+    return seconds
 
 
 @asynccontextmanager
