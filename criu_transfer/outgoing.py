@@ -10,13 +10,13 @@ or page that was never tracked is in CRIU's own dump.
 import shutil
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from criu_transfer import checkpoint, images
+from criu_transfer import checkpoint, images, preflight
 from criu_transfer.errors import DeadlinePassed, DumpFailed, TrackerUnavailable
 from criu_transfer.maps import Vma, read_maps
 from criu_transfer.messages import Mode
@@ -108,6 +108,7 @@ class Outgoing:
         alive = processes_of(self._cgroup)
         for gone in self._trackers.keys() - set(alive):
             self._forget(gone, patience)
+        self._refuse_dma(alive)
         self._attach_new(alive, patience)
         sent = 0
         for process in list(self._trackers):
@@ -129,7 +130,8 @@ class Outgoing:
         clock = _Stopwatch(done.steps)
         image_dir = self._fresh("images")
         frozen = processes_of(self._cgroup)
-        if mode is Mode.STOP_AND_COPY:
+        if mode is Mode.STOP_AND_COPY or preflight.dma(frozen):
+            mode = Mode.STOP_AND_COPY
             self.detach()
         tracked = {p: self._trackers[p] for p in frozen if p in self._trackers}
         written = {process: self._scan(process) for process in tracked}
@@ -199,6 +201,13 @@ class Outgoing:
             except TrackerUnavailable:
                 self._trackers.pop(process).detach()
         return total
+
+    @staticmethod
+    def _refuse_dma(processes: Sequence[Process]) -> None:
+        """Raise TrackerUnavailable when devices may write to memory behind the tracker's back."""
+        reason = preflight.dma(processes)
+        if reason:
+            raise TrackerUnavailable(reason)
 
     def _forget(self, process: Process, deadline: float) -> None:
         """Let go of a process that has ended, here and in the receiver's store."""

@@ -133,7 +133,7 @@ class Driver:
             case c.Note(text=text):
                 self._log.add("note", **self._fields, text=text)
             case c.Finished(outcome=outcome, reason=reason):
-                await asyncio.to_thread(self._journal.remove, self._migration)
+                await self._forget()
                 self._finish(Result(outcome, reason))
             case _:
                 await self._effect(command)
@@ -162,6 +162,13 @@ class Driver:
             self.post(Failed(self._clock.monotonic(), command.name, FailureKind.GIVE_UP, _reason(error)))
             return False
         return True
+
+    async def _forget(self) -> None:
+        """Remove the record; one that stays says DONE, and is removed at the next start."""
+        try:
+            await asyncio.to_thread(self._journal.remove, self._migration)
+        except JournalError as error:
+            self._log.add("note", **self._fields, text=_reason(error))
 
     def _wake(self, at: float, tag: str) -> None:
         def due() -> None:

@@ -1,7 +1,8 @@
 """What an agent must remember across its own death: one small file per migration.
 
 A record is whole or absent: it is written beside its name, synced, and renamed over it. Records are plain JSON objects
-of the core's making; this file knows nothing of their meaning.
+of the core's making; this file knows nothing of their meaning. Each carries the boot that it belongs to: after a reboot
+every process that it speaks of is dead and its times mean nothing, so it is thrown away.
 """
 
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from spotguard.errors import JournalError
 
 MAX_RECORD = 1 << 20
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Journal:
@@ -21,6 +23,7 @@ class Journal:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
+        self._boot = BOOT_ID.read_text().strip()
 
     def write(self, migration: str, record: Mapping[str, Any]) -> None:
         """Replace a migration's record; on the disk when this returns. Raises JournalError."""
@@ -28,7 +31,7 @@ class Journal:
         partial = path.with_suffix(".partial")
         try:
             with partial.open("w") as file:
-                json.dump(record, file)
+                json.dump({"boot": self._boot, "record": record}, file)
                 file.flush()
                 os.fsync(file.fileno())
             partial.rename(path)
@@ -38,11 +41,17 @@ class Journal:
 
     def remove(self, migration: str) -> None:
         """Forget a migration; an unknown one is no error."""
-        self._path(migration).unlink(missing_ok=True)
-        self._sync_directory()
+        try:
+            self._path(migration).unlink(missing_ok=True)
+            self._sync_directory()
+        except OSError as failed:
+            raise JournalError(f"cannot remove {self._path(migration)}: {failed.strerror}") from failed
 
     def records(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield every migration's id and record. Raises JournalError for a file that is no record."""
+        """Yield every migration's id and record; those of an earlier boot are removed.
+
+        Raises JournalError for a file that is no record.
+        """
         for path in sorted(self._directory.glob("*.json")):
             if path.stat().st_size > MAX_RECORD:
                 raise JournalError(f"{path} is larger than any record; move it away and restart")
@@ -50,9 +59,12 @@ class Journal:
                 record = json.loads(path.read_text())
             except ValueError as broken:
                 raise JournalError(f"{path} is not JSON ({broken}); move it away and restart") from broken
-            if not isinstance(record, dict):
+            if not isinstance(record, dict) or not isinstance(record.get("record"), dict):
                 raise JournalError(f"{path} holds no record; move it away and restart")
-            yield path.stem, record
+            if record.get("boot") == self._boot:
+                yield path.stem, record["record"]
+            else:
+                self.remove(path.stem)
 
     def _path(self, migration: str) -> Path:
         if not migration.replace("-", "").isalnum():

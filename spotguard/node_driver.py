@@ -71,7 +71,8 @@ class NodeDriver:
         self._state, commands = node.step(self._state, event)
         for command in commands:
             self._perform(command)
-        idle = self._state.notice is not None and not self._state.moving and not self._state.waiting
+        state = self._state
+        idle = state.notice is not None and not (state.moving or state.waiting or state.resting)
         if idle and isinstance(event, events.MoveFinished | events.PodsListed):
             self._parts.log.add("moves-ended")
 
@@ -83,6 +84,8 @@ class NodeDriver:
                 self._parts.log.add("cordoned")
             case c.Uncordon():
                 self._parts.log.add("uncordoned")
+            case c.Wake(at=at, tag=tag):
+                self._wake(at, tag)
             case c.ListPods():
                 self._tasks.create_task(self._list_pods(), name="list pods")
             case c.StartMove():
@@ -93,6 +96,11 @@ class NodeDriver:
                 self._migrations.withdraw(workload)
             case _:
                 raise GiveUp(f"{command.name} is no command of a node")
+
+    def _wake(self, at: float, tag: str) -> None:
+        now = self._parts.clock.monotonic
+        delay = max(0.0, at - now())
+        asyncio.get_running_loop().call_later(delay, lambda: self._take(events.TimeReached(now(), tag)))
 
     def _start_move(self, command: c.StartMove) -> None:
         try:

@@ -28,6 +28,8 @@ from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
 DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
 DRAIN_TRIES = 8
 DOUBLE_RUN_SECONDS = 0.3
+# Deleted files that are still open travel in the images: PostgreSQL keeps write-ahead logs of 16 MiB like that.
+DUMP_SETTINGS = f"network-lock skip\nghost-limit {64 << 20}\n"
 GROWTH_BYTES = 256 << 20
 
 
@@ -180,7 +182,7 @@ class SourceEffects:
             deadline,
         )
         # The settings that a restore needs (freeze at resume) must not run in a dump.
-        (self._bundle.directory / "criu.conf").write_text("network-lock skip\n")
+        (self._bundle.directory / "criu.conf").write_text(DUMP_SETTINGS)
         self._outgoing = Outgoing(
             self._move.workload,
             self._cgroup.path,

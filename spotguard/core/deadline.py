@@ -25,6 +25,8 @@ class Limits:
     hibernate_seconds: float = 15.0  # what a hibernation is taken to leave; AWS promises nothing
     pause_min: float = 0.1  # between tries of what must not be given up; doubles up to
     pause_max: float = 2.0
+    moves: int = 4  # tries of one workload's move within one notice; the last is by stop-and-copy
+    retry_pause: float = 2.0  # before the second try; as much longer before each further one
     tries: int = 5  # of what may be given up in the end
 
 

@@ -233,4 +233,4 @@ TargetEvent = (
     | AbortRequested
     | PagerDied
 )
-NodeEvent = Notice | Rebalance | NoticeWithdrawn | PodsListed | MoveFinished
+NodeEvent = Notice | Rebalance | NoticeWithdrawn | PodsListed | MoveFinished | TimeReached

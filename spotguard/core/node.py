@@ -18,8 +18,9 @@ from spotguard.core.events import (
     Pod,
     PodsListed,
     Rebalance,
+    TimeReached,
 )
-from spotguard.core.state import Mode
+from spotguard.core.state import Mode, Outcome
 
 Step = tuple["NodeState", tuple[c.Command, ...]]
 
@@ -34,6 +35,9 @@ class NodeState:
     rebalancing: bool = False
     waiting: tuple[Pod, ...] = ()
     moving: tuple[str, ...] = ()  # workloads
+    resting: tuple[Pod, ...] = ()  # rolled back, to be tried again
+    begun: tuple[Pod, ...] = ()  # what is in `moving`, as it was listed
+    failed: tuple[str, ...] = ()  # a workload's name for each of its tries that was rolled back
     seen: frozenset[str] = frozenset()  # workloads that this notice has started or that have finished
 
 
@@ -50,6 +54,8 @@ def step(state: NodeState, event: NodeEvent) -> Step:
             after = _listed(state, event)
         case MoveFinished():
             after = _finished(state, event)
+        case TimeReached():
+            after = _rested(state, event)
         case _:
             assert_never(event)
     return after
@@ -64,7 +70,8 @@ def _noticed(state: NodeState, event: Notice) -> Step:
     elif event.deadline <= event.now:
         return state, (c.Note(f"{event.action}: its time is past, the termination must have failed"),)
     if state.notice is None or state.notice.deadline <= event.now:
-        return replace(state, notice=effective, seen=frozenset(state.moving)), (c.Cordon(), c.ListPods())
+        anew = replace(state, notice=effective, seen=frozenset(state.moving), failed=(), resting=())
+        return anew, (c.Cordon(), c.ListPods())
     if effective.deadline >= state.notice.deadline:
         return state, (c.Note(f"{event.action}: nothing new"),)
     tightened = tuple(c.TightenMove(workload, effective.deadline) for workload in state.moving)
@@ -80,7 +87,7 @@ def _rebalance(state: NodeState) -> Step:
 def _withdrawn(state: NodeState) -> Step:
     if state.notice is None and not state.rebalancing:
         return state, (c.Note("withdrawn: there was no notice"),)
-    calm = replace(state, notice=None, rebalancing=False, waiting=(), seen=frozenset(state.moving))
+    calm = replace(state, notice=None, rebalancing=False, waiting=(), resting=(), seen=frozenset(state.moving))
     return calm, (*(c.WithdrawMove(workload) for workload in state.moving), c.Uncordon())
 
 
@@ -97,8 +104,25 @@ def _finished(state: NodeState, event: MoveFinished) -> Step:
     if event.workload not in state.moving:
         return state, (c.Note(f"{event.workload} finished, but was not moving"),)
     left = tuple(workload for workload in state.moving if workload != event.workload)
-    after, orders = _start_next(replace(state, moving=left))
-    return after, (c.Note(f"{event.workload}: {event.outcome}"), *orders)
+    begun = tuple(pod for pod in state.begun if pod.workload != event.workload)
+    after = replace(state, moving=left, begun=begun)
+    again: tuple[c.Command, ...] = ()
+    if event.outcome == Outcome.ROLLED_BACK and state.notice is not None:
+        tries = state.failed.count(event.workload) + 1
+        at = event.now + state.limits.retry_pause * tries
+        pod = next(pod for pod in state.begun if pod.workload == event.workload)
+        if tries < state.limits.moves and at < state.notice.deadline:
+            after = replace(after, failed=(*state.failed, event.workload), resting=(*state.resting, pod))
+            again = (c.Wake(at, event.workload), c.Note(f"{event.workload} is tried again"))
+    after, orders = _start_next(after)
+    return after, (c.Note(f"{event.workload}: {event.outcome}"), *again, *orders)
+
+
+def _rested(state: NodeState, event: TimeReached) -> Step:
+    """Queue a workload again whose move was rolled back."""
+    pods = tuple(pod for pod in state.resting if pod.workload == event.tag)
+    left = tuple(pod for pod in state.resting if pod.workload != event.tag)
+    return _start_next(replace(state, resting=left, waiting=(*state.waiting, *pods)))
 
 
 def _start_next(state: NodeState) -> Step:
@@ -109,6 +133,17 @@ def _start_next(state: NodeState) -> Step:
     room = len(state.waiting) if at_once else max(0, state.parallel - len(state.moving))
     starting, waiting = state.waiting[:room], state.waiting[room:]
     names = tuple(pod.workload for pod in starting)
-    begun = replace(state, waiting=waiting, moving=(*state.moving, *names), seen=state.seen.union(names))
-    orders = tuple(c.StartMove(pod.workload, pod.target, state.notice.deadline, mode) for pod in starting)
+    begun = replace(
+        state,
+        waiting=waiting,
+        moving=(*state.moving, *names),
+        begun=(*state.begun, *starting),
+        seen=state.seen.union(names),
+    )
+    # The last try takes the next rung of the ladder: whatever failed before, nothing but the dump is needed there.
+    modes = (Mode.STOP_AND_COPY if state.failed.count(name) >= state.limits.moves - 1 else mode for name in names)
+    orders = tuple(
+        c.StartMove(pod.workload, pod.target, state.notice.deadline, how)
+        for pod, how in zip(starting, modes, strict=True)
+    )
     return begun, orders

@@ -29,6 +29,7 @@ READY_SECONDS = 60.0
 FILL_SECONDS = 300.0
 VERIFY_SECONDS = 300.0
 AFTER_SECONDS = 2.0  # of load on the new node before the check
+DROPPED_PAGES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,7 +145,7 @@ class Run:
         faults = self._options.faults
         return {
             "mode": self._options.mode,
-            "fault_drop_pages": 64 if "drop-page" in faults else 0,
+            "fault_drop_pages": DROPPED_PAGES if "drop-page" in faults else 0,
             "fault_double_run": "double-run" in faults,
         }
 
