@@ -8,9 +8,11 @@ Layout below the pod's directory, which must be RAM-backed where memory images m
     criu.conf     CRIU's settings for this container, read through the annotation org.criu.config
 """
 
+import ipaddress
 import json
+import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -32,6 +34,8 @@ CAPABILITIES = [
 # As container runtimes' default profiles do. CRIU cannot dump io_uring; without it, programs fall back to epoll.
 SHARED_MEMORY, TEMPORARY = "/dev/shm", "/tmp"  # noqa: S108 - places inside the container
 REFUSED_CALLS = ["io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")
+_ID_MAX = (1 << 32) - 2  # the highest user and group
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,23 +72,71 @@ class PodManifest:
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Read a manifest that a peer sent; raises GiveUp naming what is wrong."""
         try:
-            manifest = cls(
-                name=str(data["name"]),
-                address=str(data["address"]),
-                command=tuple(str(word) for word in data["command"]),
-                env={str(k): str(v) for k, v in data.get("env", {}).items()},
-                uid=int(data.get("uid", 0)),
-                gid=int(data.get("gid", 0)),
-                volumes=tuple(VolumeMount(str(v["name"]), str(v["path"])) for v in data.get("volumes", ())),
-                tmpfs=tuple(str(path) for path in data.get("tmpfs", ())),
-                memory_bytes=int(data.get("memory_bytes", 1 << 30)),
+            ipaddress.ip_address(_text(data["address"]))
+            return cls(
+                name=_name(data["name"]),
+                address=_text(data["address"]),
+                command=_command(data["command"]),
+                env={_variable(k): _text(v) for k, v in data.get("env", {}).items()},
+                uid=_number(data.get("uid", 0), 0, _ID_MAX),
+                gid=_number(data.get("gid", 0), 0, _ID_MAX),
+                volumes=_volumes(_list(data, "volumes")),
+                tmpfs=tuple(_mount_point(path) for path in _list(data, "tmpfs")),
+                memory_bytes=_number(data.get("memory_bytes", 1 << 30), 1, 1 << 62),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as wrong:
             raise GiveUp(f"pod manifest: {type(wrong).__name__}: {wrong}") from wrong
-        for name in (manifest.name, *(volume.name for volume in manifest.volumes)):
-            if not name.replace("-", "").isalnum() or len(name) > 63:
-                raise GiveUp(f"pod manifest: '{name}' is no name (letters, digits and '-', 63 at most)")
-        return manifest
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or "\0" in value:
+        raise ValueError(f"{value!r:.50} is no text")
+    return value
+
+
+def _name(value: object) -> str:
+    """Read what becomes part of paths and arguments."""
+    if not _NAME.match(_text(value)):
+        raise ValueError(f"{value!r:.80} is no name (letters, digits and '-', 63 at most, no '-' first)")
+    return _text(value)
+
+
+def _mount_point(value: object) -> str:
+    if not _text(value).startswith("/") or ".." in _text(value).split("/"):
+        raise ValueError(f"{value!r:.80} is no absolute path")
+    return _text(value)
+
+
+def _variable(value: object) -> str:
+    if not _text(value) or "=" in _text(value):
+        raise ValueError(f"{value!r:.50} is no name of a variable")
+    return _text(value)
+
+
+def _number(value: object, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ValueError(f"{value!r:.50} is no whole number from {low} to {high}")
+    return value
+
+
+def _command(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not value:
+        raise ValueError(f"{value!r:.50} is no command: a list of words")
+    return tuple(_text(word) for word in value)
+
+
+def _volumes(value: Sequence[Any]) -> tuple[VolumeMount, ...]:
+    volumes = tuple(VolumeMount(_name(v["name"]), _mount_point(v["path"])) for v in value)
+    if len({volume.name for volume in volumes}) < len(volumes):
+        raise ValueError("two volumes have the same name")
+    return volumes
+
+
+def _list(data: Mapping[str, Any], name: str) -> Sequence[Any]:
+    value = data.get(name, ())
+    if not isinstance(value, list | tuple):
+        raise TypeError(f"{name} is no list")
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,14 +226,23 @@ def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: st
 def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, cgroup: str) -> Bundle:
     """Make the bundle of a pod over the root file system `image`; its volumes are empty.
 
-    Raises GiveUp when the overlay cannot be mounted. Undone by `destroy`.
+    One that is there already is taken as it is. Raises GiveUp when the overlay cannot be mounted. Undone by `destroy`.
     """
     bundle = Bundle(directory)
     for path in (bundle.upper, directory / "work", bundle.rootfs):
         path.mkdir(parents=True, exist_ok=True)
     for volume in manifest.volumes:
         bundle.volume(volume.name).mkdir(parents=True, exist_ok=True)
-    layers = f"lowerdir={image},upperdir={bundle.upper},workdir={directory / 'work'}"
+    if not bundle.rootfs.is_mount():
+        _mount(manifest.name, bundle, image)
+    (directory / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return bundle
+
+
+def _mount(name: str, bundle: Bundle, image: Path) -> None:
+    layers = f"lowerdir={image},upperdir={bundle.upper},workdir={bundle.directory / 'work'}"
     done = subprocess.run(
         ["mount", "-t", "overlay", "-o", layers, "overlay", str(bundle.rootfs)],
         capture_output=True,
@@ -189,11 +250,7 @@ def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, 
         check=False,
     )
     if done.returncode:
-        raise GiveUp(f"cannot mount the root file system of {manifest.name}: {done.stderr.strip()}")
-    (directory / "manifest.json").write_text(json.dumps(manifest.to_json()))
-    config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
-    (directory / "config.json").write_text(json.dumps(config, indent=1))
-    return bundle
+        raise GiveUp(f"cannot mount the root file system of {name}: {done.stderr.strip()}")
 
 
 def destroy(directory: Path) -> None:

@@ -34,6 +34,8 @@ class Runc:
 
     async def containers(self, deadline: float) -> list[Container]:
         """List all containers of this state directory."""
+        if not self.root.exists():  # runc makes it with the first container, and until then refuses to list
+            return []
         listed = json.loads(await self._call("list", "--format", "json", deadline=deadline) or "null") or []
         return [Container(c["id"], c["status"], c["pid"], Path(c["bundle"])) for c in listed]
 
