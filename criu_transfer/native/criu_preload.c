@@ -61,7 +61,7 @@ int ioctl(int fd, unsigned long request, ...)
 	va_end(list);
 
 	if (request != SCAN_IOCTL || !(((struct scan_arg *)argument)->return_mask & SOFT_DIRTY))
-		return next_syscall()(SYS_ioctl, fd, request, argument);
+		return (int)next_syscall()(SYS_ioctl, fd, request, argument);
 
 	struct scan_arg *scan = argument;
 	uint64_t asked = scan->return_mask;
@@ -76,7 +76,7 @@ int ioctl(int fd, unsigned long request, ...)
 		if (found & WRITTEN || !(found & WPALLOWED))
 			regions[i].categories |= SOFT_DIRTY;
 	}
-	return count;
+	return (int)count; /* at most vec_len, which is an int in CRIU */
 }
 
 static int is_pagemap(int fd)

@@ -71,6 +71,7 @@ build_node() {
   else cp -L "$tmp/etc/ssl/certs/ca-certificates.crt" "$tmp/opt/spotguard/lock/ca.crt"; fi
   local extra=()
   [ "$variant" = drill ] && extra=(--group dev)
+  # shellcheck disable=SC2016  # expanded by the inner shell
   chroot "$tmp" sh -ec 'cd /opt/spotguard/lock
     export SSL_CERT_FILE=$PWD/ca.crt PIP_CERT=$PWD/ca.crt UV_PROJECT_ENVIRONMENT=/opt/spotguard/venv UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
     python3 -m venv /opt/spotguard/uv

@@ -6,6 +6,7 @@ lab namespace (this process): bridge 10.77.0.1, owner store, metadata simulators
 """
 
 import os
+import secrets
 import shlex
 import signal
 import subprocess
@@ -188,7 +189,8 @@ class Fabric:
         return host
 
     def _plug(self, host: Host, netns: str) -> None:
-        port = f"to-{host.name}"[:15]
+        # The port of a node that has died goes a while after it: names are never used twice.
+        port = f"{host.name[:9]}-{secrets.token_hex(2)}"
         sh("ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", netns)
         sh("ip", "link", "set", port, "master", BRIDGE, "up")
         host.run("ip", "addr", "add", f"{host.address}/24", "dev", "eth0")

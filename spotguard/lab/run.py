@@ -69,6 +69,7 @@ class RunResult:
     source_gone_at: float = 0.0
     entries: list[dict[str, Any]] = field(default_factory=list)
     pods: dict[str, PodResult] = field(default_factory=dict)
+    leftovers: list[str] = field(default_factory=list)
 
 
 class Run:
@@ -103,6 +104,9 @@ class Run:
                     await self._moves_end(nodes[SOURCE])
                     await asyncio.sleep(AFTER_SECONDS)
                     await self._verify()
+                    outcomes = self._outcomes()
+                    here = {name for name, outcome in outcomes.items() if outcome.startswith("moved")}
+                    self._result.leftovers += leftovers(nodes[TARGET], here)
                     for name, watch in watches.items():
                         self._result.pods[name].watched = watch.stop()
         self._result.entries.sort(key=lambda entry: entry["t"])
@@ -243,6 +247,7 @@ class Run:
         except LabError as late:
             self._tell("late", {"reason": str(late)})
         moved = sum(str(outcome).startswith("moved") for outcome in self._outcomes().values())
+        self._result.leftovers += leftovers(node, set() if moved == len(self._clients) else set(self._clients))
         if moved == len(self._clients):
             node.die()
             self._result.source_gone_at = time.monotonic()
@@ -301,6 +306,24 @@ class Run:
                     await self._news.wait()
             except TimeoutError:
                 continue
+
+
+def leftovers(node: Node, pods: set[str]) -> list[str]:
+    """Find what a finished migration has left on a node where only `pods` should be: a line each."""
+    root = Path(f"/proc/{node.pid}/root")
+    places = {
+        "transfer files": [*root.glob("run/spotguard/source/*"), *root.glob("run/spotguard/target/*")],
+        "journal": list(root.glob("var/lib/spotguard/state/journal/*")),
+        "receiver": list(node.cgroup.glob("receivers/*/")),
+        "parked CRIU": list(node.cgroup.glob("parking/*/")),
+        "worker": list(node.cgroup.glob("workers/*/")),
+        "network": [path for path in root.glob("run/netns/*") if path.name.removeprefix("pod-") not in pods],
+        "pod": [path for path in root.glob("var/lib/spotguard/pods/*") if path.name not in pods],
+        "container": [path for path in node.cgroup.glob("pods/*/") if path.name not in pods],
+    }
+    found = [f"{node.name}: {what} {path.name}" for what, paths in places.items() for path in paths]
+    rules = node.run("nft", "list", "tables").split("\n")
+    return found + [f"{node.name}: {line}" for line in rules if "spotguard-hold" in line]
 
 
 def pod_address(number: int) -> str:
