@@ -5,7 +5,7 @@ import random
 import socket
 import stat
 import subprocess
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -235,7 +235,21 @@ def device(root: Path) -> None:
     os.mknod(root / "whiteout", stat.S_IFCHR | 0o644, os.makedev(1, 3))
 
 
+def inner_file_replaces_directory(root: Path) -> None:
+    (root / "etc/suid").rename(root / "tmp")
+    subprocess.run(["rm", "-r", root / "etc"], check=True)
+    (root / "tmp").rename(root / "etc")
+
+
+def new_file_under_an_old_time(root: Path) -> None:
+    times = (root / "etc").stat().st_mtime_ns
+    (root / "etc/new").touch()
+    os.utime(root / "etc", ns=(times, times))
+
+
 CHANGES = [
+    inner_file_replaces_directory,
+    new_file_under_an_old_time,
     change_mode,
     change_kind,
     file_to_directory,
@@ -263,6 +277,39 @@ def test_each_change_arrives_with_the_next_pass(pair, calm, change) -> None:
     assert_equal(pair)
     assert pair.tree.entries == pair.budget.entries
     assert pair.sync() == []
+
+
+def test_what_was_cut_off_travels_again_when_it_comes_back(pair, calm) -> None:
+    path, content = pair.source / "file", random.Random(5).randbytes(3 * BLOCK)
+    for step in (content, content[:BLOCK], content):
+        path.write_bytes(step)
+        pair.sync()
+        assert_equal(pair)
+
+
+def test_a_name_listed_twice_as_two_different_things(pair, monkeypatch) -> None:
+    """A directory is read while its entries come and go: the kernel may list a name that was replaced once more."""
+    (pair.source / "name").mkdir()
+    listed = os.scandir
+
+    @contextmanager
+    def twice(fd):
+        with listed(fd) as entries:
+            found = list(entries)
+        yield replaced_between(found)
+
+    def replaced_between(found):
+        yield from found
+        for entry in found:
+            (pair.source / entry.name).rmdir()
+            (pair.source / entry.name).write_text("a file now")
+            yield entry
+
+    monkeypatch.setattr("criu_transfer.files.os.scandir", twice)
+    pair.sync()
+    monkeypatch.undo()
+    pair.sync()
+    assert_equal(pair)
 
 
 def test_renamed_and_linked_files_do_not_travel_again(pair) -> None:

@@ -52,7 +52,11 @@ class Target:
         self.session = Session(
             self.stream, self.expected, emit=self.events.append, make_lazy=self.make_lazy, deadline=soon(20)
         )
-        self.result = self.pool.submit(self.session.run)
+        self.result = self.pool.submit(self.run)
+
+    def run(self):
+        with self.stream:
+            return self.session.run()
 
     def make_lazy(self, _image_dir: Path, sources) -> dict:
         self.rewrites += 1
@@ -118,6 +122,7 @@ def test_a_whole_migration(sender, target, child, images, tmp_path) -> None:
     assert marked.ack == Ack(1, 201 * PAGE, 301 * PAGE, 1)
     assert marked.bytes == 201 * PAGE + 5
     assert marked.throughput > 0
+    assert (target.upper / "file").stat().st_mtime_ns == (upper / "file").stat().st_mtime_ns
 
     source.put(3, "d")
     source.put(0, "-")
@@ -177,10 +182,14 @@ def test_missing_state_is_answered_and_can_be_paid(sender, target, child, images
     assert [event["event"] for event in target.events] == ["state-missing"]
 
 
-def test_missing_images_are_answered(sender, target, images, monkeypatch) -> None:
+def test_missing_images_are_answered(sender, target, images) -> None:
     with pytest.raises(StateMissing, match="images came"):
         sender.end({}, Mode.STOP_AND_COPY, soon())
     sender.send_images(images, soon())
+    tree = sender._trees.pop("images")
+    with pytest.raises(StateMissing, match="3 images came, of 0"):
+        sender.end({}, Mode.STOP_AND_COPY, soon())
+    sender._trees["images"] = tree
     sender.end({}, Mode.STOP_AND_COPY, soon())
     assert target.result.result().mode is Mode.STOP_AND_COPY
 
@@ -226,7 +235,8 @@ def test_the_store_limit_comes_back_as_store_full(streams, target, child) -> Non
         target.result.result()
 
 
-def test_an_error_reaches_a_source_that_is_in_the_middle_of_sending(streams, target, tmp_path) -> None:
+def test_an_error_reaches_a_source_that_is_in_the_middle_of_sending(streams, target, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("criu_transfer.session._FINISH_SECONDS", 5.0)
     target.start()
     sender = Sender(streams[0])
     sender.hello(replace(HELLO, max_files=MIB), soon())
@@ -236,6 +246,8 @@ def test_an_error_reaches_a_source_that_is_in_the_middle_of_sending(streams, tar
         (tree / str(number)).write_bytes(random.Random(number).randbytes(4 * MIB))
     with pytest.raises(StoreFull):
         sender.send_tree("upper", tree, soon())
+    assert sender._totals().files < 24 * 4 * MIB
+    streams[0].close()
     with pytest.raises(StoreFull):
         target.result.result()
 
@@ -321,8 +333,18 @@ def test_a_deadline_that_has_passed(sender, child) -> None:
         frame(Type.ERROR, b'{"kind":"new","reason":"","fatal":true}'),
     ],
 )
-def test_a_lying_receiver_is_a_protocol_error(streams, answer) -> None:
-    streams[1].send(answer, soon())
+@pytest.mark.parametrize("early", [True, False])
+def test_a_lying_receiver_is_a_protocol_error(streams, target, answer, early) -> None:
+    def read_and_answer() -> None:
+        head = memoryview(bytearray(HEADER.size))
+        streams[1].recv_exact(head, soon())
+        streams[1].recv_exact(memoryview(bytearray(wire.decode_header(head).payload)), soon())
+        streams[1].send(answer, soon())
+
+    if early:
+        streams[1].send(answer, soon())
+    else:
+        target.pool.submit(read_and_answer)
     with pytest.raises(ProtocolError):
         Sender(streams[0]).mark(soon())
 

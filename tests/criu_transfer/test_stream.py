@@ -74,9 +74,8 @@ def test_the_connection_is_tls_1_3(pair) -> None:
 
 def test_older_tls_is_refused(nodes, listener, accepting, rejections) -> None:
     accepted = accepting()
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context = nodes[0].context(server=False)
+    context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_2
     with socket.create_connection((HOST, listener.port)) as sock, pytest.raises(ssl.SSLError):
         context.wrap_socket(sock)
     assert_right_peer_still_gets_in(nodes, listener, accepted)
