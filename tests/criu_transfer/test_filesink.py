@@ -23,11 +23,8 @@ def sink(tmp_path, budget):
 
 def picture(folder: Path) -> dict[str, tuple]:
     """Describe what lies beside the tree, the folder itself included."""
-    return {
-        str(p): (os.lstat(p).st_mode, os.lstat(p).st_ctime_ns)
-        for p in [folder, *folder.iterdir()]
-        if p.name != "target"
-    }
+    paths = [folder, *(path for path in folder.iterdir() if path.name != "target")]
+    return {str(path): (path.lstat().st_mode, path.lstat().st_ctime_ns) for path in paths}
 
 
 def meta(path: str, kind: FileKind = FileKind.FILE, *, fresh: bool = True, **fields) -> FileMeta:
