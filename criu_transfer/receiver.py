@@ -16,8 +16,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+# All of it at the start: importing rewrite and pager when they are needed would be part of the freeze.
+from criu_transfer import pager, rewrite
 from criu_transfer.control import Control, ControlClosed
 from criu_transfer.errors import GiveUp, ProtocolError
+from criu_transfer.keeper import kill_cgroup
 from criu_transfer.messages import IMAGES, Fields, Mode
 from criu_transfer.session import Complete, Expected, Limits, MakeLazy, Range, Session, StoredMemory
 from criu_transfer.store import require_no_swap
@@ -119,19 +122,14 @@ def _take_in(configuration: Configuration, control: Control, make_lazy: MakeLazy
 
 
 def _rewrite(image_dir: Path, sources: Mapping[int, StoredMemory]) -> Mapping[int, list[Range]]:
-    from criu_transfer.rewrite import make_lazy
-
-    return make_lazy(image_dir, sources)
+    return rewrite.make_lazy(image_dir, sources)
 
 
 def _serve(configuration: Configuration, complete: Complete, control: Control) -> None:
     """Become the keeper of a pager. Without us memory would read as zeros: an end of ours is the container's too."""
-    from criu_transfer.keeper import kill_cgroup
-    from criu_transfer.pager import serve
-
     try:
         control.watch_by_signal()
-        serve(
+        pager.serve(
             configuration.expected.image_dir,
             complete.lazy,
             complete.sources,
