@@ -139,25 +139,28 @@ class Outgoing:
         parent = self._write_parent(list(tracked)) if tracked else None
         clock.lap("scan")
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dump") as pool:
-            dump = pool.submit(
-                checkpoint.dump, self._container, image_dir, parent=parent, tools=self._tools, deadline=deadline
-            )
+            # Nothing runs, so files stand still too, and go out while CRIU dumps.
+            dump = pool.submit(self._dump, image_dir, parent, deadline)
             for process, ranges in written.items():
                 done.residual_bytes += self._sender.send_pages(process, ranges, deadline).bytes
             done.steps.append(("residual", clock.last, time.monotonic() - clock.last))
-            dump.result()
-        clock.lap("dump")
+            for name, directory in self._trees.items():
+                pids = [process.pid for process in frozen]
+                done.file_bytes += self._sender.send_tree(name, directory, deadline, pids=pids).bytes
+            clock.lap("dump", dump.result())
+        clock.lap("files")  # what of them took longer than the dump
         done.debt_bytes = self._pay_debt(image_dir, tracked, deadline)
-        for name, directory in self._trees.items():
-            pids = [process.pid for process in frozen]
-            done.file_bytes += self._sender.send_tree(name, directory, deadline, pids=pids).bytes
-        clock.lap("files")
         for name, content in beside.items():
             (image_dir / name).write_bytes(content)
         done.image_bytes = self._sender.send_images(image_dir, deadline).bytes
         self._sender.end({process.vpid: process for process in tracked}, mode, deadline)
         clock.lap("images")
         return done
+
+    def _dump(self, image_dir: Path, parent: str | None, deadline: float) -> float:
+        """Dump, and give the time when it was done."""
+        checkpoint.dump(self._container, image_dir, parent=parent, tools=self._tools, deadline=deadline)
+        return time.monotonic()
 
     def maps(self) -> dict[int, list[Vma]]:
         """Give the mappings of every process by pid, to compare before and after a failed dump."""
@@ -250,7 +253,7 @@ class _Stopwatch:
         self._steps = steps
         self.last = time.monotonic()
 
-    def lap(self, name: str) -> None:
-        now = time.monotonic()
+    def lap(self, name: str, now: float | None = None) -> None:
+        now = time.monotonic() if now is None else now
         self._steps.append((name, self.last, now - self.last))
         self.last = now
