@@ -1,5 +1,6 @@
 """Dumps a container with runc and CRIU: everything but the memory that a tracker holds, or all of it."""
 
+import math
 import os
 import select
 import subprocess
@@ -12,6 +13,7 @@ from criu_transfer.errors import DeadlinePassed, DumpFailed
 # Cached answers of CRIU about this kernel. Made without the preload library, they would say "no dirty tracking".
 KERNEL_CACHE = Path("/run/criu.kdat")
 LIBRARY = "criu_preload.so"
+LONGEST_WAIT = 3600.0  # seconds; a deadline may be infinite
 OPTIONS = (
     "--tcp-established",
     # Connections that nobody has accepted yet are dropped: the caller made sure that none of them holds data.
@@ -102,8 +104,10 @@ def _wait(process: subprocess.Popen[bytes], deadline: float) -> int | None:
     Popen's own wait with a timeout looks again in sleeps of up to 50 ms, which would all be part of the freeze.
     """
     fd = os.pidfd_open(process.pid)
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
     try:
-        ready = select.select([fd], [], [], max(0.0, deadline - time.monotonic()))[0]
+        ready = poll.poll(math.ceil(max(0.0, min(deadline - time.monotonic(), LONGEST_WAIT)) * 1000))
     finally:
         os.close(fd)
         # Reached with the child alive only when time is up, or when we are interrupted.
