@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # All of it at the start: importing rewrite and pager when they are needed would be part of the freeze.
@@ -26,6 +26,7 @@ from criu_transfer.session import Complete, Expected, Limits, MakeLazy, Range, S
 from criu_transfer.store import require_no_swap
 from criu_transfer.stream import Credentials, Listener
 
+FILLED = "spotguard-filled"  # appears beside the images when no page is missing any more: for an agent that restarts
 _CONFIGURATION_SECONDS = 10.0
 _RESTORE_SECONDS = 300.0  # for CRIU to ask for memory; the agent's own deadline is shorter
 _PR_SET_DUMPABLE = 4  # linux/prctl.h
@@ -41,6 +42,7 @@ class Configuration:
     ports: range
     cgroup: Path
     deadline: float
+    fill_gate: int | None = None  # descriptor: its other end is closed when the background fill may begin
 
     @classmethod
     def parse(cls, fields: Fields) -> "Configuration":
@@ -103,6 +105,7 @@ def receive(configuration: Configuration, control: Control, *, make_lazy: MakeLa
         serve(configuration, complete, control)
     else:
         control.emit({"event": "filled", "bytes": 0, "faults": 0, "seconds": 0.0})
+    (configuration.expected.image_dir / FILLED).touch()
     control.wait_for_keep()
 
 
@@ -136,6 +139,7 @@ def _serve(configuration: Configuration, complete: Complete, control: Control) -
             cgroup=configuration.cgroup,
             notify=control.emit,
             deadline_for_connect=min(configuration.deadline, time.monotonic() + _RESTORE_SECONDS),
+            fill_gate=configuration.fill_gate,
         )
     except (GiveUp, OSError):
         kill_cgroup(configuration.cgroup)
@@ -154,13 +158,16 @@ def main(arguments: list[str] | None = None, *, make_lazy: MakeLazy = _rewrite, 
     """Run one receiver; returns the exit status."""
     parser = argparse.ArgumentParser(prog="criu_transfer.receiver", description="Receives one migration.")
     parser.add_argument("--control-fd", type=int, required=True, help="Unix stream socket to the agent")
-    fd = parser.parse_args(arguments).control_fd
+    parser.add_argument("--fill-gate-fd", type=int, help="pipe from the agent: the background fill waits for its end")
+    parsed = parser.parse_args(arguments)
+    fd, gate = parsed.control_fd, parsed.fill_gate_fd
     os.umask(0)
     _protect_memory()
     with socket.socket(fileno=fd) as sock:
         control = Control(sock)
         try:
             configuration = Configuration.parse(control.configuration(time.monotonic() + _CONFIGURATION_SECONDS))
+            configuration = replace(configuration, fill_gate=gate)
             receive(configuration, control, make_lazy=make_lazy, serve=serve)
         except ControlClosed:
             return 3

@@ -12,7 +12,7 @@ import ipaddress
 import json
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -223,25 +223,30 @@ def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: st
     }
 
 
-def create(manifest: PodManifest, directory: Path, *, image: Path, netns: Path, cgroup: str) -> Bundle:
-    """Make the bundle of a pod over the root file system `image`; its volumes are empty.
+def create(manifest: PodManifest, directory: Path, *, netns: Path, cgroup: str) -> Bundle:
+    """Make the bundle of a pod; its layer and volumes are empty, and `mount_rootfs` is still to be called.
 
-    One that is there already is taken as it is. Raises GiveUp when the overlay cannot be mounted. Undone by `destroy`.
+    One that is there already is taken as it is. Undone by `destroy`.
     """
     bundle = Bundle(directory)
     for path in (bundle.upper, directory / "work", bundle.rootfs):
         path.mkdir(parents=True, exist_ok=True)
     for volume in manifest.volumes:
         bundle.volume(volume.name).mkdir(parents=True, exist_ok=True)
-    if not bundle.rootfs.is_mount():
-        _mount(manifest.name, bundle, image)
     (directory / "manifest.json").write_text(json.dumps(manifest.to_json()))
     config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return bundle
 
 
-def _mount(name: str, bundle: Bundle, image: Path) -> None:
+def mount_rootfs(bundle: Bundle, image: Path) -> None:
+    """Mount the root file system: the writable layer over `image`; what is mounted already stays.
+
+    On a target only when all files of the layer have arrived: overlayfs does not define what it shows of changes
+    beneath it. Raises GiveUp.
+    """
+    if bundle.rootfs.is_mount():
+        return
     layers = f"lowerdir={image},upperdir={bundle.upper},workdir={bundle.directory / 'work'}"
     done = subprocess.run(
         ["mount", "-t", "overlay", "-o", layers, "overlay", str(bundle.rootfs)],
@@ -250,7 +255,20 @@ def _mount(name: str, bundle: Bundle, image: Path) -> None:
         check=False,
     )
     if done.returncode:
-        raise GiveUp(f"cannot mount the root file system of {name}: {done.stderr.strip()}")
+        raise GiveUp(f"cannot mount the root file system in {bundle.directory}: {done.stderr.strip()}")
+
+
+def sync(directories: Iterable[Path]) -> None:
+    """Bring the file systems of the directories to their disks (syncfs(2)): the workload had synced them elsewhere.
+
+    Raises GiveUp with the words of sync(1).
+    """
+    paths = [str(directory) for directory in directories if directory.is_dir()]
+    if not paths:
+        return
+    done = subprocess.run(["sync", "--file-system", *paths], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GiveUp(f"the moved files could not be brought to disk: {done.stderr.strip()}")
 
 
 def destroy(directory: Path) -> None:

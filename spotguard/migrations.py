@@ -33,6 +33,7 @@ class _Receiving:
     driver: Driver
     effects: TargetEffects
     peer: str
+    ram: int  # bytes that it may take
 
 
 class Migrations:
@@ -109,7 +110,7 @@ class Migrations:
         driver, effects = self._target_driver(move, manifest, limits)
         expires = self._now() + offer.expires_in_s
         driver.post(Offered(self._now(), move, expires, offer.owner_version))
-        self._run_target(move, _Receiving(driver, effects, peer))
+        self._run_target(move, _Receiving(driver, effects, peer, max(limits.max_memory, limits.max_images)))
         async with asyncio.timeout_at(deadline):
             accepted, reason = await asyncio.shield(effects.answers.offered)
         if not accepted:
@@ -135,14 +136,14 @@ class Migrations:
         return any(other.driver.state.move.workload == workload for other in self._arriving.values())
 
     def _accepted(self, offer: Offer) -> TransferLimits:
-        """Check the announced sizes against what this node allows in all."""
-        transfer = self._parts.settings.transfer
+        """Check the announced sizes against what this node has left for arriving memory, of all migrations together."""
+        most = self._parts.settings.transfer.store_memory_max
         wanted = TransferLimits(max_memory=offer.max_memory, max_images=offer.max_images, max_files=offer.max_files)
-        if wanted.max_memory > transfer.store_memory_max or wanted.max_images > transfer.max_image_bytes:
+        taken = sum(receiving.ram for receiving in self._arriving.values())
+        if max(wanted.max_memory, wanted.max_images) + taken > most:
             raise GiveUp(
-                f"announced are {wanted.max_memory} bytes of memory and {wanted.max_images} of images; this node takes "
-                f"{transfer.store_memory_max} and {transfer.max_image_bytes} (settings transfer.store_memory_max, "
-                "transfer.max_image_bytes)"
+                f"{offer.max_memory} bytes of memory and {offer.max_images} of images are announced, and other migrations "
+                f"take {taken}; this node takes {most} in all (setting transfer.store_memory_max)"
             )
         return wanted
 
@@ -229,7 +230,7 @@ class Migrations:
         nothing = TransferLimits(0, 0, 0)
         driver, effects = self._target_driver(record.move, manifest, nothing)
         driver.post(AgentRestarted(self._now(), record))
-        self._run_target(record.move, _Receiving(driver, effects, record.move.source))
+        self._run_target(record.move, _Receiving(driver, effects, record.move.source, 0))
 
     def summary(self) -> list[dict[str, str]]:
         """Say what is under way, for `status`."""

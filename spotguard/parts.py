@@ -15,16 +15,25 @@ from spotguard.events_log import EventLog
 from spotguard.settings import AgentSettings
 
 CONNTRACK_FILE = "spotguard-conntrack.json"  # travels beside CRIU's images
+IMAGE_BYTES = 64 << 20  # CRIU's images of a live move beside the pages, without shared memory
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True)
 class TransferLimits:
-    """What a source announces and a target accepts for one migration, in bytes."""
+    """What a source announces and a target accepts for one migration, in bytes.
+
+    Memory comes as pages (live) or within CRIU's images (stop-and-copy), never as both.
+    """
 
     max_memory: int
     max_images: int
     max_files: int
+
+    @property
+    def ram(self) -> int:
+        """What the target must have for it at most, beside the files."""
+        return max(self.max_memory, self.max_images) + IMAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ The child is in a session and a cgroup of its own, so that it outlives the agent
 
 import asyncio
 import json
+import os
 import socket
 import sys
 from collections.abc import Callable, Mapping
@@ -23,7 +24,11 @@ MAX_LINE = 64 << 10
 class ReceiverProcess:
     """A running receiver."""
 
-    def __init__(self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter, group: Cgroup) -> None:
+    def __init__(
+        self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter, group: Cgroup, gate: int
+    ) -> None:
+        """`gate`: our end of the pipe that holds the background fill back; the kernel closes it should we die."""
+        self._gate: int | None = gate
         self._process = process
         self._writer = writer
         self._group = group
@@ -46,6 +51,7 @@ class ReceiverProcess:
     ) -> "ReceiverProcess":
         """Start it in `group` and wait until it listens. Raises GiveUp with its own words."""
         ours, theirs = socket.socketpair()
+        gate, opener = os.pipe()
         with theirs:
             process = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -53,13 +59,16 @@ class ReceiverProcess:
                 "criu_transfer.receiver",
                 "--control-fd",
                 str(theirs.fileno()),
-                pass_fds=(theirs.fileno(),),
+                "--fill-gate-fd",
+                str(gate),
+                pass_fds=(theirs.fileno(), gate),
                 stdin=asyncio.subprocess.DEVNULL,
                 start_new_session=True,
             )
+        os.close(gate)
         group.attach(process.pid)
         reader, writer = await asyncio.open_connection(sock=ours, limit=MAX_LINE)
-        receiver = cls(process, writer, group)
+        receiver = cls(process, writer, group, opener)
         tls, control = parts.settings.tls, parts.settings.control
         config = {
             "migration": move.migration,
@@ -95,6 +104,12 @@ class ReceiverProcess:
         self._writer.write(b'{"do": "keep"}\n')
         await self._writer.drain()
 
+    def open_fill_gate(self) -> None:
+        """Let the background fill begin; until then only faults are served, and the hand-over has the processor."""
+        if self._gate is not None:
+            os.close(self._gate)
+            self._gate = None
+
     async def kill(self) -> None:
         """End it and the pager that it may have forked."""
         if self._group.path.exists():
@@ -110,6 +125,7 @@ class ReceiverProcess:
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
+        self.open_fill_gate()
         self._writer.close()
 
     async def _read(self, reader: asyncio.StreamReader, on_event: Callable[[dict[str, Any]], None]) -> None:

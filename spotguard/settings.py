@@ -100,7 +100,10 @@ class TransferSettings:
         unit="bytes",
     )
     max_image_bytes: int = setting(
-        kinds.SIZE, "CRIU's images without memory pages, per migration, at most.", default=256 * _MIB, unit="bytes"
+        kinds.SIZE,
+        "CRIU's images beside the memory in them (shared memory, or all in stop-and-copy), per migration.",
+        default=256 * _MIB,
+        unit="bytes",
     )
     fault_drop_pages: int = setting(
         kinds.integer(0), "For drills that must fail: so many pages are not sent.", default=0, unit="pages"

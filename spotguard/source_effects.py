@@ -159,10 +159,12 @@ class SourceEffects:
 
     def _limits(self) -> TransferLimits:
         transfer = self._parts.settings.transfer
+        # The workload may grow, and forked children have pages of their own on the target.
+        memory = self._left + self._left // 2 + GROWTH_BYTES
         return TransferLimits(
-            # The workload may grow, and forked children have pages of their own on the target.
-            max_memory=min(transfer.store_memory_max, 2 * self._left + GROWTH_BYTES),
-            max_images=transfer.max_image_bytes,
+            max_memory=min(memory, transfer.store_memory_max),
+            # The tracker may fail at any time: then all memory is in the images.
+            max_images=min(memory + transfer.max_image_bytes, transfer.store_memory_max),
             max_files=transfer.store_memory_max,
         )
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from criu_transfer.errors import DeadlinePassed, RestoreFailed
+from criu_transfer.receiver import FILLED
 from criu_transfer.restore import restore, write_criu_settings
 from handlers import bundle as bundles
 from handlers.bundle import PodManifest
@@ -83,6 +84,8 @@ class TargetEffects:
                 await self._timed("release", self._release())
             case c.ThawProcesses():
                 await self._timed("thaw", asyncio.to_thread(self._cgroup.thaw, command.deadline))
+                if self._receiver is not None:
+                    self._receiver.open_fill_gate()
             case c.AwaitFill():
                 await self._await_fill(command)
             case c.DestroyRestored():
@@ -126,7 +129,6 @@ class TargetEffects:
             bundles.create,
             self._manifest,
             self._bundle.directory,
-            image=where.image,
             netns=box.netns,
             cgroup="/" + str(self._cgroup.path.relative_to("/sys/fs/cgroup")),
         )
@@ -136,9 +138,7 @@ class TargetEffects:
         image_dir = self._work_dir / "images"
         image_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         path, memory_v1 = self._parts.receiver_cgroup(self._move.migration)
-        group = Cgroup.create(
-            path, memory_max=self._limits.max_memory + self._limits.max_images + RECEIVER_BYTES, memory_v1=memory_v1
-        )
+        group = Cgroup.create(path, memory_max=self._limits.ram + RECEIVER_BYTES, memory_v1=memory_v1)
         self._receiver = await ReceiverProcess.start(
             self._parts,
             self._move,
@@ -186,6 +186,7 @@ class TargetEffects:
     # --- hand-over --------------------------------------------------------------------------------------------------
 
     async def _restore(self, command: c.RestoreProcesses) -> None:
+        await asyncio.to_thread(bundles.mount_rootfs, self._bundle, self._parts.settings.runtime.image)
         await asyncio.to_thread(
             restore,
             self._move.workload,
@@ -207,8 +208,20 @@ class TargetEffects:
     def _verify_sound(self) -> None:
         if not self._cgroup.path.exists() or not self._cgroup.populated:
             raise GiveUp("no process of the restored container is left")
-        if self._lazy and self._receiver is not None and not self._receiver.alive and not self._filled.is_set():
+        if not self._memory_is_whole() and not self._pager_lives():
             raise GiveUp("the pager is gone and pages are missing")
+
+    def _memory_is_whole(self) -> bool:
+        return self._filled.is_set() or (self._work_dir / "images" / FILLED).exists()
+
+    def _pager_lives(self) -> bool:
+        """Tell whether receiver, keeper or pager are there: also those of an agent before us."""
+        group = self._receiver_group()
+        return group.path.exists() and group.populated
+
+    def _receiver_group(self) -> Cgroup:
+        path, memory_v1 = self._parts.receiver_cgroup(self._move.migration)
+        return Cgroup(path, memory_v1=memory_v1)
 
     async def _move_route(self) -> None:
         box = self._box()
@@ -244,10 +257,20 @@ class TargetEffects:
             self._hold.play(frames.by_direction(taken, self._manifest.address)[0])
 
     async def _await_fill(self, command: c.AwaitFill) -> None:
-        if not self._lazy or (self._receiver is not None and not self._receiver.alive):
-            return
-        async with asyncio.timeout(max(0.0, command.deadline - self._now())):
-            await self._filled.wait()
+        if self._receiver is not None:
+            async with asyncio.timeout(max(0.0, command.deadline - self._now())):
+                await self._filled.wait()
+        else:  # the receiver is an earlier agent's child
+            await asyncio.to_thread(self._wait_for_orphan, command.deadline)
+        trees = self._bundle.trees(self._manifest).values()
+        await asyncio.to_thread(bundles.sync, list(trees))
+
+    def _wait_for_orphan(self, deadline: float) -> None:
+        group = self._receiver_group()
+        if group.path.exists():
+            group.remove(deadline)
+        if not self._memory_is_whole():
+            raise GiveUp("the pager has ended before all memory was there")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -255,8 +278,8 @@ class TargetEffects:
         if self._cgroup.path.exists():
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
         await self._parts.runc.delete(self._move.workload, command.deadline)
-        if self._receiver is not None:
-            await self._receiver.kill()
+        if self._pager_lives():
+            await asyncio.to_thread(self._receiver_group().kill, command.deadline)
         if self._hold is not None:
             self._hold.close()
             self._hold = None
@@ -265,8 +288,7 @@ class TargetEffects:
 
     async def _clean_up(self, command: c.CleanUp) -> None:
         where = self._parts.settings.runtime
-        path, memory_v1 = self._parts.receiver_cgroup(self._move.migration)
-        group = Cgroup(path, memory_v1=memory_v1)
+        group = self._receiver_group()
         if self._receiver is not None:
             await self._receiver.wait(command.deadline)
         if group.path.exists():

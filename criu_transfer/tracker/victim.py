@@ -45,6 +45,11 @@ def _checked(result: int | None) -> int:
     return result
 
 
+def say(areas: object) -> None:
+    """Print one line in one write: the forked child says something at the same time (pipe(7), PIPE_BUF)."""
+    os.write(sys.stdout.fileno(), json.dumps(areas).encode() + b"\n")
+
+
 def make(length: int = SIZE, at: int = 0) -> int:
     """Map fresh private memory; at a given address it takes the place of what is there."""
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | (MAP_FIXED if at else 0)
@@ -97,7 +102,7 @@ def fork_writer(start: int) -> int:
     if pid == 0:
         _libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         fill(start, 90, SIZE // 2)
-        print(json.dumps({"forked": [[start, SIZE]]}), flush=True)
+        say({"forked": [[start, SIZE]]})
         signal.pause()
         os._exit(0)
     return pid
@@ -145,7 +150,7 @@ def main() -> None:
     fill(huge, 7, HUGE)
     made: Areas = {name: [(start, SIZE)] for name, start in areas.items()}
     made |= {"moved": [(source, SIZE), (target, SIZE)], "huge page": [(huge, HUGE)]}
-    print(json.dumps(made), flush=True)
+    say(made)
     sys.stdin.readline()
     child = fork_writer(areas["copied on write"])
     for name, start in areas.items():
@@ -154,7 +159,7 @@ def main() -> None:
     fill(huge + 37 * PAGE, 30, PAGE)
     grow_stack()
     made["moved"] = [(target, SIZE)]
-    print(json.dumps({**made, "pid of forked": [[child, 0]]}), flush=True)
+    say({**made, "pid of forked": [[child, 0]]})
     sys.stdin.readline()
 
 

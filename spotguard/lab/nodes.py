@@ -10,17 +10,20 @@ import secrets
 import shlex
 import signal
 import subprocess
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
+from handlers.cgroup import Cgroup
 from spotguard.errors import LabError
 
 BRIDGE = "br0"
 LAB_ADDRESS = "10.77.0.1"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 LAB_CGROUP = CGROUP_ROOT / "spotguard-lab"
+END_SECONDS = 20.0
 MEMORY_V1 = Path("/run/cgroup1/memory")
 
 # What a node's first process does before it becomes an init that only reaps. /etc/spotguard is the node's own folder.
@@ -152,6 +155,11 @@ class Fabric:
         for host in self.hosts:
             if not isinstance(host, Node):
                 sh("ip", "netns", "del", host.name)
+        deadline = time.monotonic() + END_SECONDS
+        beside = MEMORY_V1 / LAB_CGROUP.relative_to(CGROUP_ROOT)
+        lab = Cgroup(LAB_CGROUP, memory_v1=beside if beside.is_dir() else None)
+        lab.kill(deadline)
+        lab.remove(deadline)
 
     @staticmethod
     def _make_cgroup(path: Path) -> None:

@@ -64,10 +64,10 @@ async def start(workload: workloads.Workload, address: str, settings: AgentSetti
     made = bundles.create(
         manifest,
         where.pods_dir / workload.name,
-        image=where.image,
         netns=box.netns,
         cgroup="/" + str(cgroup.relative_to("/sys/fs/cgroup")),
     )
+    bundles.mount_rootfs(made, where.image)
     workloads.prepare(workload, {v.name: made.volume(v.name) for v in workload.volumes})
     await Runc(where.runc_root).run(workload.name, made.directory, time.monotonic() + START_SECONDS)
 

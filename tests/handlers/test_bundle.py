@@ -137,7 +137,8 @@ def make_image(directory: Path) -> Path:
 @pytest.mark.kernel
 def test_a_bundle_is_made_written_to_and_unmade(tmp_path: Path) -> None:
     image, directory = make_image(tmp_path), tmp_path / "pods/redis-0"
-    made = bundles.create(MANIFEST, directory, image=image, netns=Path("/run/netns/x"), cgroup="/sg/pods/redis-0")
+    made = bundles.create(MANIFEST, directory, netns=Path("/run/netns/x"), cgroup="/sg/pods/redis-0")
+    bundles.mount_rootfs(made, image)
     try:
         assert made.rootfs.is_mount()
         assert (made.rootfs / "etc/issue").read_text() == "of the image"
@@ -147,7 +148,8 @@ def test_a_bundle_is_made_written_to_and_unmade(tmp_path: Path) -> None:
         assert list(made.volume("data").iterdir()) == []
         assert made.manifest() == MANIFEST
         assert made.config()["root"] == {"path": str(made.rootfs), "readonly": False}
-        again = bundles.create(MANIFEST, directory, image=image, netns=Path("/run/netns/x"), cgroup="/sg/pods/redis-0")
+        again = bundles.create(MANIFEST, directory, netns=Path("/run/netns/x"), cgroup="/sg/pods/redis-0")
+        bundles.mount_rootfs(again, image)
         assert (again.rootfs / "etc/issue").read_text() == "of the pod"
     finally:
         bundles.destroy(directory)
@@ -159,8 +161,8 @@ def test_a_bundle_is_made_written_to_and_unmade(tmp_path: Path) -> None:
 @pytest.mark.kernel
 def test_a_bundle_without_an_image_is_refused_with_mounts_words_and_can_be_unmade(tmp_path: Path) -> None:
     directory = tmp_path / "pods/redis-0"
-    with pytest.raises(GiveUp, match=r"cannot mount the root file system of redis-0: .*overlay"):
-        bundles.create(MANIFEST, directory, image=tmp_path / "none", netns=Path("/n"), cgroup="/c")
+    with pytest.raises(GiveUp, match=r"cannot mount the root file system in .*redis-0: .*overlay"):
+        bundles.mount_rootfs(bundles.create(MANIFEST, directory, netns=Path("/n"), cgroup="/c"), tmp_path / "none")
     bundles.destroy(directory)
     assert not directory.exists()
 
@@ -168,7 +170,8 @@ def test_a_bundle_without_an_image_is_refused_with_mounts_words_and_can_be_unmad
 @pytest.mark.kernel
 def test_what_is_open_in_a_bundle_does_not_keep_it_from_being_unmade(tmp_path: Path) -> None:
     directory = tmp_path / "pods/redis-0"
-    made = bundles.create(MANIFEST, directory, image=make_image(tmp_path), netns=Path("/n"), cgroup="/c")
+    made = bundles.create(MANIFEST, directory, netns=Path("/n"), cgroup="/c")
+    bundles.mount_rootfs(made, make_image(tmp_path))
     with (made.rootfs / "etc/issue").open():
         bundles.destroy(directory)
     assert not directory.exists()
