@@ -112,7 +112,9 @@ def test_the_configuration_says_what_the_manifest_asks_for() -> None:
     assert process["capabilities"].keys() == {"bounding"}  # none in effect for a user that is not root
     mounts = {mount["destination"]: mount for mount in config["mounts"]}
     assert mounts["/var/lib/redis"]["source"] == "/pods/redis-0/volumes/data"
-    assert mounts["/tmp"]["type"] == "tmpfs"
+    assert [mounts[path]["source"] for path in ("/dev/shm", "/tmp")] == [
+        "/pods/redis-0/memory/0", "/pods/redis-0/memory/1"
+    ]  # fmt: skip
     assert {"type": "network", "path": "/run/netns/x"} in config["linux"]["namespaces"]
     assert config["linux"]["cgroupsPath"] == "/sg/pods/redis-0"
     assert config["annotations"] == {"org.criu.config": "/pods/redis-0/criu.conf"}
@@ -120,11 +122,14 @@ def test_the_configuration_says_what_the_manifest_asks_for() -> None:
     assert {"io_uring_setup", "userfaultfd"} <= set(refused)
 
 
-def test_the_trees_that_move_are_the_writable_layer_and_the_volumes() -> None:
+def test_the_trees_that_move_are_the_writable_layer_the_volumes_and_what_is_in_memory() -> None:
     bundle = Bundle(Path("/pods/redis-0"))
     assert bundle.trees(MANIFEST) == {
-        "upper": Path("/pods/redis-0/upper"), "volume-data": Path("/pods/redis-0/volumes/data")
-    }  # fmt: skip
+        "upper": Path("/pods/redis-0/upper"),
+        "volume-data": Path("/pods/redis-0/volumes/data"),
+        "memory-0": Path("/pods/redis-0/memory/0"),
+        "memory-1": Path("/pods/redis-0/memory/1"),
+    }
 
 
 def make_image(directory: Path) -> Path:
