@@ -1,5 +1,6 @@
 """Dumps a container with runc and CRIU: everything but the memory that a tracker holds, or all of it."""
 
+import hashlib
 import math
 import os
 import select
@@ -8,12 +9,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from criu_transfer import worker
 from criu_transfer.errors import DeadlinePassed, DumpFailed
 
 # Cached answers of CRIU about this kernel. Made without the preload library, they would say "no dirty tracking".
 KERNEL_CACHE = Path("/run/criu.kdat")
-LIBRARY = "criu_preload.so"
 LONGEST_WAIT = 3600.0  # seconds; a deadline may be infinite
+AFTERMATH = 5.0  # seconds for a CRIU whose time was up to put the processes in order again
 OPTIONS = (
     "--tcp-established",
     # Connections that nobody has accepted yet are dropped: the caller made sure that none of them holds data.
@@ -28,10 +30,14 @@ OPTIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Tools:
-    """Where runc keeps its state, and a directory whose `criu` runs CRIU under the preload library."""
+    """Where runc keeps its state, and a directory whose `criu` runs CRIU under the preload library.
+
+    `worker`: cgroup directory that the commands run in, None for ours.
+    """
 
     runc_root: Path
     criu_dir: Path
+    worker: Path | None = None
 
     def environment(self) -> dict[str, str]:
         """Give the environment in which runc finds our `criu` first."""
@@ -43,11 +49,14 @@ class Tools:
 
 
 def build_library(directory: Path) -> Path:
-    """Compile the preload library into `directory` unless it is there; raises DumpFailed with the compiler's words."""
-    target = directory / LIBRARY
+    """Compile the preload library into `directory` unless it is there; raises DumpFailed with the compiler's words.
+
+    Its name tells its source, so that a newer agent does not take an older one's.
+    """
+    source = Path(__file__).parent / "native" / "criu_preload.c"
+    target = directory / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so"
     if target.exists():
         return target
-    source = Path(__file__).parent / "native" / "criu_preload.c"
     partial = target.with_suffix(".partial")
     done = subprocess.run(
         ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(partial), str(source), "-ldl"],
@@ -83,6 +92,8 @@ def run(command: list[str], tools: Tools, deadline: float, error: type[Exception
     """
     if deadline <= time.monotonic():
         raise DeadlinePassed(f"no time left for {what}")
+    if tools.worker is not None:
+        command = worker.command_in(tools.worker, command)
     # Files, not pipes: a restored container inherits them, and a pipe would wait for its last holder.
     with open(os.memfd_create("output"), "w+b") as output:  # noqa: PTH123 - a descriptor, not a path
         process = subprocess.Popen(
@@ -90,6 +101,9 @@ def run(command: list[str], tools: Tools, deadline: float, error: type[Exception
         )
         code = _wait(process, deadline)
         if code is None:
+            # CRIU ends by itself when runc is gone; until then it has the processes in its hands.
+            if tools.worker is not None:
+                worker.end(tools.worker, time.monotonic() + AFTERMATH)
             raise DeadlinePassed(f"{what} was stopped at the deadline")
         output.seek(0)
         text = output.read().decode(errors="replace")
