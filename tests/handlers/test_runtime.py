@@ -34,12 +34,9 @@ class Pods:
     def bundle(self, name: str, *command: str) -> Path:
         manifest = PodManifest(name, "127.0.0.1", command, volumes=(VolumeMount("report", "/report"),))
         made = bundles.create(
-            manifest,
-            self.directory / name,
-            image=Path("/"),
-            netns=Path("/proc/self/ns/net"),
-            cgroup=f"/{PARENT.name}/{name}",
+            manifest, self.directory / name, netns=Path("/proc/self/ns/net"), cgroup=f"/{PARENT.name}/{name}"
         )
+        bundles.mount_rootfs(made, Path("/"))
         os.mkfifo(made.volume("report") / "fifo")
         return made.directory
 
