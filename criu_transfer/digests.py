@@ -10,6 +10,24 @@ _SEGMENT = 1024  # blocks whose digests are kept together: holes of sparse files
 _ZERO_BLOCK = bytes(BLOCK)
 
 
+class Unknown:
+    """In the place of digests, for files that are sent once: nothing is known of the receiver's copy.
+
+    A digest of each block costs as much as sending it, and pays only when the file is looked at again.
+    """
+
+    def update(self, _block: int, _content: memoryview) -> tuple[bool, bool]:
+        """See Digests: everything counts as changed, and nothing is looked at."""
+        return True, False
+
+    def clear(self, first: int, last: int) -> Iterator[int]:
+        """See Digests."""
+        yield from range(first, last)
+
+    def cut(self, blocks: int) -> None:
+        """See Digests."""
+
+
 class Digests:
     """Digests by number of block. A new file is all zeros, as the file that the receiver has just made is."""
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from criu_transfer.digests import BLOCK, Digests
+from criu_transfer.digests import BLOCK, Digests, Unknown
 from criu_transfer.errors import GiveUp
 from criu_transfer.maps import Vma
 from criu_transfer.messages import LOCAL_XATTRS, MAX_DEPTH, XATTR_SPACES, FileKind, FileMeta
@@ -109,7 +109,7 @@ class _Node:
     meta: FileMeta | None = None  # as last put; its path does not count
     times: tuple[int, int, int] | None = None  # size, mtime, ctime before it was read; None: look at it again
     looked_at: int = 0  # number of the pass
-    digests: Digests = field(default_factory=Digests)
+    digests: Digests | Unknown = field(default_factory=Digests)
 
 
 class _Model:
@@ -150,9 +150,11 @@ class SourceTree:
     while nothing runs makes the receiver's tree equal, provided `mapped` names the files that are mapped shared.
     """
 
-    def __init__(self, name: str, root: Path) -> None:
+    def __init__(self, name: str, root: Path, *, once: bool = False) -> None:
+        """`once`: it is hardly ever looked at again, so that comparing contents is not worth it."""
         self.name = name
         self.root = root
+        self.once = once
         self._model = _Model()
         self._passes = 0
 
@@ -313,7 +315,8 @@ class _Pass:
             self._model.add(path, node)
             yield Put(replace(meta, fresh=True, link=other))
             return node
-        node = self._model.add(path, _Node(key, meta=meta))
+        digests = Unknown() if self._tree.once else Digests()
+        node = self._model.add(path, _Node(key, meta=meta, digests=digests))
         yield Put(replace(meta, fresh=True))
         return node
 
@@ -375,7 +378,7 @@ def _same(old: FileMeta | None, new: FileMeta) -> bool:
     return old is not None and replace(old, path="", fresh=False, link="") == replace(new, path="", fresh=False)
 
 
-def _compare(digests: Digests, view: memoryview, position: int) -> Iterator[Data | Hole]:
+def _compare(digests: Digests | Unknown, view: memoryview, position: int) -> Iterator[Data | Hole]:
     """Yield the blocks of a view that changed, neighbours together."""
     data = hole = 0  # bytes of either kind right before the block
     for at in range(0, len(view), BLOCK):

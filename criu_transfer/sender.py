@@ -242,7 +242,7 @@ class Sender:
         """
         tree = self._trees.get(name)
         if tree is None:
-            tree = self._trees[name] = SourceTree(name, root)
+            tree = self._trees[name] = SourceTree(name, root, once=name == IMAGES)
         mapped = _mapped(pids if pids is not None else [process.pid for process in self._memories])
         return self._send_changes(tree, mapped, stop, deadline)
 

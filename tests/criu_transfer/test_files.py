@@ -279,6 +279,16 @@ def test_each_change_arrives_with_the_next_pass(pair, calm, change) -> None:
     assert pair.sync() == []
 
 
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_tree_that_is_sent_without_digests_is_equal_too(pair, change) -> None:
+    pair.tree = SourceTree("t", pair.source, once=True)
+    rich(pair.source)
+    pair.sync()
+    change(pair.source)
+    pair.sync()
+    assert_equal(pair)
+
+
 def test_what_was_cut_off_travels_again_when_it_comes_back(pair, calm) -> None:
     path, content = pair.source / "file", random.Random(5).randbytes(3 * BLOCK)
     for step in (content, content[:BLOCK], content):
