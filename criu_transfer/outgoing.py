@@ -23,9 +23,11 @@ from criu_transfer.messages import Mode
 from criu_transfer.proctree import Process, processes_of
 from criu_transfer.sender import Sender
 from criu_transfer.tracker.wp_async import ProcessTracker
+from criu_transfer.worker import wait_frozen
 
 # Mappings of the kernel's own that are in no list of pages. [vdso] is: CRIU takes all of it to be in the parent.
 KERNEL_MAPPINGS = frozenset({"[vvar]", "[vvar_vclock]", "[vsyscall]", "[uprobes]"})
+REFREEZE_SECONDS = 0.3
 STALL_SECONDS = 5.0  # how much longer than its round a peer may take to swallow a frame
 
 
@@ -71,6 +73,8 @@ class Outgoing:
         self._sender = sender
         self._trackers: dict[Process, ProcessTracker] = {}
         self._stopped = threading.Event()
+        # Mappings by pid as they were before the dump, to see whether one that failed has left them so; None before.
+        self.frozen_maps: dict[int, list[Vma]] | None = None
 
     def attach(self, deadline: float) -> None:
         """Start tracking every process that is there. Raises TrackerUnavailable when not one of them can be.
@@ -98,7 +102,6 @@ class Outgoing:
         Raises DeadlinePassed when it was stopped or the deadline came: what was not sent is owed, and sent at the
         capture. The stream stays whole, for it ends between two frames.
         """
-        self._stopped.clear()
         start = time.monotonic()
 
         def stop() -> bool:
@@ -116,7 +119,10 @@ class Outgoing:
         for name, directory in self._trees.items():
             sent += self._sender.send_tree(name, directory, patience, pids=(), stop=stop).bytes
         if stop():
+            self._stopped.clear()
             raise DeadlinePassed("the round was stopped")
+        if not self._trackers:
+            raise TrackerUnavailable(f"no process of {self._container} can be tracked any more")
         self._sender.mark(patience)
         return RoundResult(sent, self._pending(), time.monotonic() - start)
 
@@ -137,6 +143,8 @@ class Outgoing:
         written = {process: self._scan(process) for process in tracked}
         tracked = {process: tracker for process, tracker in tracked.items() if process in self._trackers}
         parent = self._write_parent(list(tracked)) if tracked else None
+        # After the scan: registering new mappings may have joined some.
+        self.frozen_maps = {process.pid: read_maps(process.pid) for process in frozen}
         clock.lap("scan")
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dump") as pool:
             # Nothing runs, so files stand still too, and go out while CRIU dumps.
@@ -160,11 +168,10 @@ class Outgoing:
     def _dump(self, image_dir: Path, parent: str | None, deadline: float) -> float:
         """Dump, and give the time when it was done."""
         checkpoint.dump(self._container, image_dir, parent=parent, tools=self._tools, deadline=deadline)
+        # CRIU thaws the cgroup to reach the tasks, and does not tell when freezing it again fails.
+        if not wait_frozen(self._cgroup, min(deadline, time.monotonic() + REFREEZE_SECONDS)):
+            raise DumpFailed(f"{self._container} is not frozen any more after its dump")
         return time.monotonic()
-
-    def maps(self) -> dict[int, list[Vma]]:
-        """Give the mappings of every process by pid, to compare before and after a failed dump."""
-        return {process.pid: read_maps(process.pid) for process in processes_of(self._cgroup)}
 
     def close(self) -> None:
         """Detach and delete the images."""

@@ -1,5 +1,6 @@
 """Restores a container with runc and CRIU so that it comes up frozen."""
 
+import os
 from pathlib import Path
 
 from criu_transfer.checkpoint import OPTIONS, Tools, last_errors, run
@@ -26,10 +27,13 @@ def write_criu_settings(directory: Path, *, cgroup: Path, parking: Path) -> Path
     """Write CRIU's settings for one container (read through the annotation `org.criu.config`) and give their path.
 
     `cgroup`: the container's cgroup v2 directory; `parking`: another one, for CRIU to go to before the freeze.
+    Raises RestoreFailed when the script could not be run from there.
     """
     script = directory / "freeze-at-resume"
     script.write_text(FREEZE_SCRIPT.format(cgroup=cgroup, parking=parking))
     script.chmod(0o755)
+    if not os.access(script, os.X_OK):
+        raise RestoreFailed(f"{directory} is mounted noexec: CRIU could not run what keeps a restored copy frozen")
     settings = directory / "criu.conf"
     # The network is held by SpotGuard on both sides, longer than CRIU would hold it.
     settings.write_text(f"network-lock skip\naction-script {script}\n")

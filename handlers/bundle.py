@@ -34,6 +34,7 @@ CAPABILITIES = [
 ]
 # As container runtimes' default profiles do. CRIU cannot dump io_uring; without it, programs fall back to epoll.
 SHARED_MEMORY, TEMPORARY = "/dev/shm", "/tmp"  # noqa: S108 - places inside the container
+NOWHERE = "0.0.0.0"  # noqa: S104 - an address that nobody has
 REFUSED_CALLS = ["io_uring_setup", "io_uring_enter", "io_uring_register", "userfaultfd"]
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]{0,62}\Z")
 _ID_MAX = (1 << 32) - 2  # the highest user and group
@@ -183,6 +184,14 @@ class Bundle:
         return PodManifest.from_json(json.loads((self.directory / "manifest.json").read_text()))
 
 
+def manifest_or_nothing(bundle: Bundle, name: str) -> PodManifest:
+    """Read a pod's manifest; one without address or command when it is not there, as after a restart."""
+    try:
+        return bundle.manifest()
+    except (OSError, ValueError, GiveUp):
+        return PodManifest(name=name, address=NOWHERE, command=())
+
+
 def oci_config(manifest: PodManifest, bundle: Bundle, *, netns: Path, cgroup: str, image_layer: bool) -> dict[str, Any]:
     """Give the OCI configuration; `cgroup` is the path below the cgroup mount."""
     mounts: list[dict[str, Any]] = [
@@ -248,7 +257,9 @@ def create(manifest: PodManifest, directory: Path, *, netns: Path, cgroup: str) 
     for path in bundle.memory(manifest).values():
         path.mkdir(parents=True, exist_ok=True)
         path.chmod(0o1777)
-    (directory / "manifest.json").write_text(json.dumps(manifest.to_json()))
+    partial = directory / "manifest.partial"
+    partial.write_text(json.dumps(manifest.to_json()))
+    partial.rename(directory / "manifest.json")
     config = oci_config(manifest, bundle, netns=netns, cgroup=cgroup, image_layer=True)
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return bundle

@@ -76,13 +76,17 @@ class Cgroup:
         """Whether everything in the group and below is frozen now (not merely asked to)."""
         return self._event("frozen")
 
-    def freeze(self, deadline: float) -> None:
-        """Freeze the group and return when it is frozen. Raises GiveUp at the deadline; the group is thawed then."""
+    def freeze(self, deadline: float, *, thaw_on_failure: bool = True) -> None:
+        """Freeze the group and return when it is frozen. Raises GiveUp at the deadline.
+
+        The group is thawed then, unless `thaw_on_failure` is False: it goes on freezing, for it must not run.
+        """
         self._write("cgroup.freeze", "1")
         try:
             self._await("frozen", wanted=True, deadline=deadline)
         except GiveUp:
-            self._write("cgroup.freeze", "0")
+            if thaw_on_failure:
+                self._write("cgroup.freeze", "0")
             raise
 
     def thaw(self, deadline: float) -> None:

@@ -19,7 +19,7 @@ from handlers.control import ControlClient
 from handlers.errors import HandlerError
 from handlers.imds import ImdsFailure, ImdsPoller
 from handlers.imds_client import endpoints_from
-from handlers.network import routes
+from handlers.network import routes, sandbox
 from handlers.owner import HttpOwnerStore, OwnerRecord, follow
 from handlers.runtime import Runc
 from spotguard import __version__, admin_api, config, control_api, node_driver
@@ -207,6 +207,9 @@ async def follow_routes(parts: Parts) -> None:
     here = parts.settings.node.name
 
     async def apply(record: OwnerRecord) -> None:
+        box = await asyncio.to_thread(sandbox.find, record.workload)
+        if box is not None and box.address == record.address:
+            return  # the pod is here: its route is the machines' business, and an old record no news
         if record.owner == "target" and record.target != here:
             peer = addresses(parts.settings).get(record.target)
             if peer is not None:

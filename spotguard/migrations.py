@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from handlers.bundle import PodManifest
+from handlers.bundle import PodManifest, manifest_or_nothing
 from handlers.control import Offer, OfferAnswer, RestoreAnswer
 from handlers.errors import GiveUp
 from spotguard.core import source, target
@@ -47,6 +47,7 @@ class Migrations:
         self._leaving: dict[str, Driver] = {}  # by workload
         self._arriving: dict[str, _Receiving] = {}  # by migration
         self._ended = asyncio.Condition()
+        self.unwilling = ""  # why this node takes no workloads now; empty when it does
         transfer = parts.settings.transfer
         self._limits = Limits(
             target_freeze=transfer.target_freeze_ms / 1000, rounds_max=transfer.max_rounds, reserve=transfer.reserve_s
@@ -58,6 +59,8 @@ class Migrations:
         """Move a workload away; `ended` is called with workload and outcome. Raises GiveUp when that cannot be."""
         if move.workload in self._leaving:
             raise GiveUp(f"{move.workload} is being moved already")
+        if self._is_arriving(move.workload):
+            raise GiveUp(f"{move.workload} is still arriving: its memory is not complete")
         driver = self._source_driver(move)
         driver.post(StartMigration(self._now(), move, deadline, mode))
         self._run_source(move, driver, ended)
@@ -105,7 +108,14 @@ class Migrations:
         if offer.migration in self._arriving:
             raise GiveUp(f"migration {offer.migration} is here already")
         # An earlier try may still be cleaning up.
-        await self._wait_until(lambda: not self._is_arriving(manifest.name), deadline, f"{manifest.name} is arriving")
+        if self.unwilling:
+            raise GiveUp(f"{here} takes nothing: {self.unwilling}")
+        name = manifest.name
+        await self._wait_until(
+            lambda: not self._is_arriving(name) and name not in self._leaving,
+            deadline,
+            f"an earlier move of {name} goes on",
+        )
         limits = self._accepted(offer)
         driver, effects = self._target_driver(move, manifest, limits)
         expires = self._now() + offer.expires_in_s
@@ -142,8 +152,8 @@ class Migrations:
         taken = sum(receiving.ram for receiving in self._arriving.values())
         if max(wanted.max_memory, wanted.max_images) + taken > most:
             raise GiveUp(
-                f"{offer.max_memory} bytes of memory and {offer.max_images} of images are announced, and other migrations "
-                f"take {taken}; this node takes {most} in all (setting transfer.store_memory_max)"
+                f"{offer.max_memory} bytes of memory and {offer.max_images} of images are announced, other moves take "
+                f"{taken}, and this node takes {most} in all (setting transfer.store_memory_max)"
             )
         return wanted
 
@@ -222,11 +232,7 @@ class Migrations:
 
     def _resume_target(self, record: Record) -> None:
         bundle = self._parts.bundle(record.move.workload)
-        manifest = (
-            bundle.manifest()
-            if (bundle.directory / "manifest.json").exists()
-            else PodManifest(name=record.move.workload, address="0.0.0.0", command=())  # noqa: S104 - nothing was made yet
-        )
+        manifest = manifest_or_nothing(bundle, record.move.workload)
         nothing = TransferLimits(0, 0, 0)
         driver, effects = self._target_driver(record.move, manifest, nothing)
         driver.post(AgentRestarted(self._now(), record))

@@ -4,9 +4,11 @@ import asyncio
 import uuid
 from typing import Any
 
+import tenacity
+
 from criu_transfer import soundness
 from criu_transfer.proctree import processes_of
-from handlers.errors import GiveUp
+from handlers.errors import GiveUp, HandlerError
 from handlers.notice import Notice, NoticeEvent, NoticeWithdrawn
 from spotguard.clock import deadline_from_epoch
 from spotguard.core import commands as c
@@ -16,7 +18,8 @@ from spotguard.migrations import Migrations
 from spotguard.parts import Parts
 
 LIST_SECONDS = 5.0
-SETTLE_SECONDS = 120.0
+LIST_PAUSE = 1.0
+SETTLE_SECONDS = 10.0
 ACTIONS = {
     "terminate": events.Action.TERMINATE,
     "stop": events.Action.STOP,
@@ -69,6 +72,7 @@ class NodeDriver:
 
     def _take(self, event: events.NodeEvent) -> None:
         self._state, commands = node.step(self._state, event)
+        self._migrations.unwilling = "it is itself to be taken away" if self.cordoned else ""
         for command in commands:
             self._perform(command)
         state = self._state
@@ -125,19 +129,34 @@ class NodeDriver:
         self._ended(workload, outcome)
 
     async def _list_pods(self) -> None:
+        """List what runs here, once what an earlier agent had begun to move is settled; asked again until it works."""
         target = self._target()
         if target is None:
             self._parts.log.add("note", text="no other node is known (setting peers): nothing can be moved")
             return
-        # After a restart, what the journal holds comes to its end first.
-        await self._migrations.settled(self._parts.clock.monotonic() + SETTLE_SECONDS)
-        deadline = self._parts.clock.monotonic() + LIST_SECONDS
-        running = [c for c in await self._parts.runc.containers(deadline) if c.status in {"running", "paused"}]
-        pods = [await asyncio.to_thread(self._pod, container.name, target) for container in running]
+        retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((HandlerError, OSError)),
+            wait=tenacity.wait_fixed(LIST_PAUSE),
+            before_sleep=self._tell_failure,
+        )
+        async for attempt in retrying:
+            with attempt:
+                await self._migrations.settled(self._parts.clock.monotonic() + SETTLE_SECONDS)
+                deadline = self._parts.clock.monotonic() + LIST_SECONDS
+                containers = await self._parts.runc.containers(deadline)
+        running = [one.name for one in containers if one.status in {"running", "paused"}]
+        pods = [await asyncio.to_thread(self._pod, name, target) for name in running]
         self._take(events.PodsListed(self._parts.clock.monotonic(), tuple(pods)))
 
+    def _tell_failure(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        self._parts.log.add("note", text=f"the pods cannot be listed yet: {error}")
+
     def _pod(self, name: str, target: str) -> events.Pod:
-        processes = processes_of(self._parts.pod_cgroup(name).path)
+        try:
+            processes = processes_of(self._parts.pod_cgroup(name).path)
+        except FileNotFoundError:  # it has just ended: the move will find out
+            processes = []
         return events.Pod(name, target, memory_bytes=soundness.memory_bytes(processes))
 
     def _target(self) -> str | None:

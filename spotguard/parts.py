@@ -71,6 +71,10 @@ class Parts:
             return path, None
         return path, self.memory_v1 / path.relative_to(CGROUP_MOUNT)
 
+    def worker_cgroup(self, migration: str, side: str) -> Path:
+        """The cgroup that runc and CRIU of one side of a migration run in."""
+        return self.settings.runtime.cgroup / "workers" / f"{migration}-{side}"
+
     def work_dir(self, migration: str, side: str) -> Path:
         """The RAM-backed directory of one side of one migration."""
         return self.settings.node.runtime_dir / side / migration

@@ -7,6 +7,7 @@ import asyncio
 import json
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
@@ -25,7 +26,7 @@ class ReceiverProcess:
     """A running receiver."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, writer: asyncio.StreamWriter, group: Cgroup, gate: int
+        self, process: subprocess.Popen[bytes], writer: asyncio.StreamWriter, group: Cgroup, gate: int
     ) -> None:
         """`gate`: our end of the pipe that holds the background fill back; the kernel closes it should we die."""
         self._gate: int | None = gate
@@ -53,16 +54,12 @@ class ReceiverProcess:
         ours, theirs = socket.socketpair()
         gate, opener = os.pipe()
         with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "criu_transfer.receiver",
-                "--control-fd",
-                str(theirs.fileno()),
-                "--fill-gate-fd",
-                str(gate),
+            # Not asyncio's: that kills its children when the loop ends, and this one may have to outlive us.
+            module = [sys.executable, "-m", "criu_transfer.receiver"]
+            process = subprocess.Popen(
+                [*module, "--control-fd", str(theirs.fileno()), "--fill-gate-fd", str(gate)],
                 pass_fds=(theirs.fileno(), gate),
-                stdin=asyncio.subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
                 start_new_session=True,
             )
         os.close(gate)
@@ -97,7 +94,7 @@ class ReceiverProcess:
     @property
     def alive(self) -> bool:
         """Whether the process (the keeper, later) still runs."""
-        return self._process.returncode is None
+        return self._process.poll() is None
 
     async def keep(self) -> None:
         """Tell it to outlive this agent."""
@@ -119,7 +116,7 @@ class ReceiverProcess:
         """Wait for its end; one that does not come is killed."""
         try:
             async with asyncio.timeout_at(deadline):
-                await self._process.wait()
+                await self._ended()
         except TimeoutError:
             await self.kill()
         if self._reader is not None:
@@ -131,4 +128,19 @@ class ReceiverProcess:
     async def _read(self, reader: asyncio.StreamReader, on_event: Callable[[dict[str, Any]], None]) -> None:
         while line := await reader.readline():
             on_event(json.loads(line))
-        on_event({"event": "ended", "code": await self._process.wait()})
+        await self._ended()
+        on_event({"event": "ended", "code": self._process.returncode})
+
+    async def _ended(self) -> None:
+        """Wait for the process's end (pidfd_open(2): readable then)."""
+        if self._process.poll() is not None:
+            return
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        descriptor = os.pidfd_open(self._process.pid)
+        loop.add_reader(descriptor, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(descriptor)
+            os.close(descriptor)
+        self._process.wait()

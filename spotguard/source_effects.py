@@ -1,21 +1,27 @@
 """Performs the commands of the source's machine on real processes, runc, the network and the wire."""
 
 import asyncio
+import errno
 import json
 import shutil
+import time
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 
 import tenacity
 
-from criu_transfer import preflight, soundness, stream
-from criu_transfer.errors import DeadlinePassed, GiveUp, TrackerUnavailable
-from criu_transfer.maps import Vma
+from criu_transfer import preflight, soundness, stream, worker
+from criu_transfer.errors import DeadlinePassed, GiveUp, TrackerUnavailable, TransferError
 from criu_transfer.messages import Hello, Totals
 from criu_transfer.messages import Mode as WireMode
 from criu_transfer.outgoing import Outgoing
 from criu_transfer.proctree import processes_of
 from criu_transfer.sender import Sender
 from handlers import bundle as bundles
+from handlers.bundle import manifest_or_nothing
 from handlers.control import Offer
+from handlers.errors import HandlerError
 from handlers.network import backlog, conntrack, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
@@ -27,6 +33,8 @@ from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
 
 DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
 DRAIN_TRIES = 8
+FREEZE_SECONDS = 0.5  # of StayFrozen's time kept for the freeze itself
+LAST_FRAMES_SECONDS = 0.2
 DOUBLE_RUN_SECONDS = 0.3
 # Deleted files that are still open travel in the images: PostgreSQL keeps write-ahead logs of 16 MiB like that.
 DUMP_SETTINGS = f"network-lock skip\nghost-limit {64 << 20}\n"
@@ -44,7 +52,8 @@ class SourceEffects:
         self._parts = parts
         self._move = move
         self._bundle = parts.bundle(move.workload)
-        self._manifest = self._bundle.manifest()
+        # After a restart the pod may be gone already, all of it or in part.
+        self._manifest = manifest_or_nothing(self._bundle, move.workload)
         self._cgroup = parts.pod_cgroup(move.workload)
         self._ownership = Ownership(parts.store, move, self._manifest.address)
         self._work_dir = parts.work_dir(move.migration, "source")
@@ -53,7 +62,7 @@ class SourceEffects:
         self._hold: Hold | None = None
         self._forwarder: FrameForwarder | None = None
         self._found: sandbox.Sandbox | None = None
-        self._maps: dict[int, list[Vma]] | None = None
+        self._worker = parts.worker_cgroup(move.migration, "source")
         self._loop = asyncio.get_running_loop()
         self._sent = 0
         self._left = 0  # bytes that the next round has to send, as far as is known
@@ -87,17 +96,17 @@ class SourceEffects:
             case c.ReleaseNetwork():
                 await self._release()
             case c.ThawProcesses():
-                await asyncio.to_thread(self._cgroup.thaw, command.deadline)
+                await asyncio.to_thread(self._thaw, command.deadline)
             case c.DetachTracker():
                 await asyncio.to_thread(self._detach)
             case c.AbortTarget():
                 await self._parts.control.abort(self._move.target, self._move.migration, command.deadline)
             case c.ForwardFrames():
-                await self._forward_frames()
+                await self._forward_frames(command)
             case c.DestroySource():
                 await self._destroy(command)
             case c.CleanUp():
-                await self._clean_up()
+                await self._clean_up(command)
             case _:
                 raise GiveUp(f"{command.name} is no command of a source")
         return None
@@ -114,8 +123,10 @@ class SourceEffects:
                 return FailureKind.TRACKER_UNAVAILABLE
             case DeadlinePassed() | TimeoutError():
                 return FailureKind.DEADLINE
-            case _:
+            case TransferError() | HandlerError():
                 return FailureKind.GIVE_UP
+            case _:  # an error that nobody foresaw says nothing about the processes
+                return FailureKind.AMBIGUOUS
 
     # --- before the freeze ------------------------------------------------------------------------------------------
 
@@ -190,7 +201,7 @@ class SourceEffects:
             self._cgroup.path,
             trees=self._bundle.trees(self._manifest),
             work_dir=self._work_dir,
-            tools=self._parts.tools,
+            tools=replace(self._parts.tools, worker=self._worker),
             sender=sender,
         )
 
@@ -272,15 +283,9 @@ class SourceEffects:
         if self._hold is None or self._forwarder is None:
             raise GiveUp("the network is not held")
         outgoing = self._transfer()
-        self._maps = await asyncio.to_thread(outgoing.maps)
         self._forwarder.add(self._hold.take_sent())
         mode = WireMode.LIVE if command.mode is Mode.LIVE else WireMode.STOP_AND_COPY
-        tracked = conntrack.entries(self._manifest.address)
-        ending = conntrack.unkeepable(tracked, [self._parts.settings.node.address])
-        if ending:
-            self._log("note", text=f"{len(ending)} connections stand on this node's own address and end with the move")
-        kept = [entry for entry in tracked if entry not in ending]
-        beside = {CONNTRACK_FILE: json.dumps(conntrack.to_json(kept)).encode()}
+        beside = {CONNTRACK_FILE: self._tracked_connections()}
         done = await asyncio.to_thread(outgoing.capture, mode, command.deadline, beside=beside)
         for step, start, seconds in done.steps:
             self._log("freeze-step", step=step, start=start, seconds=seconds)
@@ -291,6 +296,18 @@ class SourceEffects:
             image_bytes=done.image_bytes,
             file_bytes=done.file_bytes,
         )
+
+    def _tracked_connections(self) -> bytes:
+        """Give what the node's connection tracking knows of the pod, for the target; without it, what it can be."""
+        try:
+            tracked = conntrack.entries(self._manifest.address)
+        except OSError as error:
+            self._log("note", text=f"connection tracking cannot be read: {error}")
+            return b"[]"
+        ending = conntrack.unkeepable(tracked, [self._parts.settings.node.address])
+        if ending:
+            self._log("note", text=f"{len(ending)} connections stand on this node's own address and end with the move")
+        return json.dumps(conntrack.to_json(entry for entry in tracked if entry not in ending)).encode()
 
     async def _request_restore(self, command: c.RequestRestore) -> TargetAnswered:
         if self._forwarder is not None:
@@ -303,19 +320,29 @@ class SourceEffects:
     # --- the way back -----------------------------------------------------------------------------------------------
 
     async def _stay_frozen(self, command: c.StayFrozen) -> None:
-        self._engage()
-        await asyncio.to_thread(self._cgroup.freeze, command.deadline)
+        # A CRIU that is still at it needs the processes as it left them: freezing beneath it could hang both.
+        await asyncio.to_thread(worker.end, self._worker, command.deadline - FREEZE_SECONDS)
+        try:
+            if self._cgroup.path.exists():
+                freeze = partial(self._cgroup.freeze, command.deadline, thaw_on_failure=False)
+                await asyncio.to_thread(freeze)
+        finally:
+            if self._find_box() is not None:
+                self._engage()
 
     def _verify_sound(self) -> None:
         """See whether a failed or interrupted dump left the processes as they were."""
+        if not worker.wait_empty(self._worker, time.monotonic()):
+            raise OSError(errno.EBUSY, "CRIU is still at work on the processes")
         processes = processes_of(self._cgroup.path)
         if not processes:
             raise GiveUp("no process is left")
-        soundness.check(processes, self._maps)
+        soundness.check(processes, self._outgoing.frozen_maps if self._outgoing is not None else None)
 
     async def _release(self) -> None:
-        if self._hold is None:
-            self._engage()
+        if self._find_box() is None:
+            return  # the pod is gone
+        self._engage()
         if self._hold is None:
             return
         kept: list[bytes] = []
@@ -327,37 +354,48 @@ class SourceEffects:
         self._hold.close()
         self._hold = self._forwarder = None
 
+    def _thaw(self, deadline: float) -> None:
+        with suppress(FileNotFoundError):  # the pod is gone
+            self._cgroup.thaw(deadline)
+
     def _detach(self) -> None:
         if self._outgoing is not None:
             self._outgoing.detach()
 
     # --- after the hand-over ----------------------------------------------------------------------------------------
 
-    async def _forward_frames(self) -> None:
+    async def _forward_frames(self, command: c.ForwardFrames) -> None:
         """Let the node forward what still comes here, then send on what the hold has caught until now."""
+        if self._find_box() is None:
+            return
         target = self._parts.control.address_of(self._move.target)
         await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, via=target))
         if self._forwarder is not None:
             self._forwarder.start_sending()
-            await self._forwarder.flush()
+            async with asyncio.timeout_at(command.deadline):
+                await self._forwarder.flush()
 
     async def _destroy(self, command: c.DestroySource) -> None:
         if self._parts.settings.transfer.fault_double_run:
             await asyncio.to_thread(self._cgroup.thaw, command.deadline)
             await self._parts.clock.sleep_until(self._now() + DOUBLE_RUN_SECONDS)
         if self._cgroup.path.exists():
+            await asyncio.to_thread(worker.kill, self._worker, command.deadline)
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
         await self._parts.runc.delete(self._move.workload, command.deadline)
         if self._forwarder is not None:
-            await self._forwarder.flush()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_FRAMES_SECONDS):
+                    await self._forwarder.flush()
             await self._forwarder.stop()
-        if self._hold is not None:
-            self._hold.close()
-        self._hold = self._forwarder = None
+        self._close_hold()
         await asyncio.to_thread(sandbox.destroy, self._move.workload)
         await asyncio.to_thread(bundles.destroy, self._bundle.directory)
+        await asyncio.to_thread(self._cgroup.remove, command.deadline)
 
-    async def _clean_up(self) -> None:
+    async def _clean_up(self, command: c.CleanUp) -> None:
+        self._close_hold()
+        await asyncio.to_thread(worker.end, self._worker, command.deadline)
         if self._outgoing is not None:
             await asyncio.to_thread(self._outgoing.close)
         if self._stream is not None:
@@ -372,12 +410,22 @@ class SourceEffects:
             raise GiveUp("there is no stream to the target")
         return self._outgoing
 
-    def _box(self) -> sandbox.Sandbox:
+    def _find_box(self) -> sandbox.Sandbox | None:
         if self._found is None:  # looking takes milliseconds: not in the freeze
             self._found = sandbox.find(self._move.workload)
-        if self._found is None:
-            raise GiveUp(f"pod {self._move.workload} has no network of ours")
         return self._found
+
+    def _box(self) -> sandbox.Sandbox:
+        box = self._find_box()
+        if box is None:
+            raise GiveUp(f"pod {self._move.workload} has no network of ours")
+        return box
+
+    def _close_hold(self) -> None:
+        """Let go of the hold; its rules stay with the network, and go with it."""
+        if self._hold is not None:
+            self._hold.close()
+        self._hold = self._forwarder = None
 
     def _now(self) -> float:
         return self._parts.clock.monotonic()

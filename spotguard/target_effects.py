@@ -4,16 +4,18 @@ import asyncio
 import json
 import shutil
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from criu_transfer.errors import DeadlinePassed, RestoreFailed
+from criu_transfer import worker
+from criu_transfer.errors import DeadlinePassed, RestoreFailed, TransferError
 from criu_transfer.receiver import FILLED
 from criu_transfer.restore import restore, write_criu_settings
 from handlers import bundle as bundles
 from handlers.bundle import PodManifest
 from handlers.cgroup import Cgroup
-from handlers.errors import GiveUp
+from handlers.errors import GiveUp, HandlerError
 from handlers.network import conntrack, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
@@ -23,6 +25,8 @@ from spotguard.ownership_effects import Ownership
 from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
 from spotguard.receiver_process import ReceiverProcess
 
+CLAIM = "migration"  # names, in a pod's directory, the migration that has made it
+COMES_UP_FROZEN_SECONDS = 0.5
 RECEIVER_BYTES = 128 << 20  # for the receiver itself, beside what it stores
 PLAYED_LATE_LIMIT = 8 << 20
 
@@ -57,7 +61,10 @@ class TargetEffects:
         self._frames: list[bytes] = []
         self._frame_bytes = 0
         self._lazy = False
-        self._filled = asyncio.Event()
+        self._filled = False
+        self._pager_failed = ""
+        self._news = asyncio.Event()  # of the pager
+        self._worker = parts.worker_cgroup(move.migration, "target")
         loop = asyncio.get_running_loop()
         self.answers = Answers(loop.create_future(), loop.create_future())
 
@@ -97,11 +104,19 @@ class TargetEffects:
         return None
 
     def cancel(self, command: str) -> None:
-        """Nothing here needs to be broken off: every command ends at its deadline."""
+        """Break off the wait for the fill; every other command ends at its deadline."""
+        if command == c.AwaitFill.__name__:
+            self._news.set()
 
     def failure(self, error: Exception) -> FailureKind:
         """Tell how the machine must react."""
-        return FailureKind.DEADLINE if isinstance(error, DeadlinePassed | TimeoutError) else FailureKind.GIVE_UP
+        match error:
+            case DeadlinePassed() | TimeoutError():
+                return FailureKind.DEADLINE
+            case TransferError() | HandlerError():
+                return FailureKind.GIVE_UP
+            case _:  # an error that nobody foresaw says nothing about the processes
+                return FailureKind.AMBIGUOUS
 
     def keep_frames(self, block: bytes) -> None:
         """Take frames that the source has held; played at the release, or now when that has been."""
@@ -123,6 +138,7 @@ class TargetEffects:
 
     async def _prepare(self, command: c.PrepareSandbox) -> None:
         where = self._parts.settings.runtime
+        self._claim()
         box = await asyncio.to_thread(sandbox.create, self._move.workload, self._manifest.address, held=True)
         self._hold = await asyncio.to_thread(self._take_hold, box)
         made = await asyncio.to_thread(
@@ -152,6 +168,19 @@ class TargetEffects:
         )
         await self._parts.store.warm(command.deadline)
 
+    def _claim(self) -> None:
+        """Take the pod's directory for this migration. Raises GiveUp when a pod of that name is on this node."""
+        taken = self._cgroup.path.exists() or sandbox.find(self._move.workload) is not None
+        if taken or self._bundle.directory.exists():
+            raise GiveUp(f"a pod {self._move.workload} is on this node already")
+        self._bundle.directory.mkdir(parents=True)
+        (self._bundle.directory / CLAIM).write_text(self._move.migration)
+
+    def _is_ours(self) -> bool:
+        """Tell whether the pod of that name here is this migration's, and not one that was here before."""
+        claim = self._bundle.directory / CLAIM
+        return claim.exists() and claim.read_text() == self._move.migration
+
     def _take_hold(self, box: sandbox.Sandbox) -> Hold:
         return Hold.adopt(box)
 
@@ -173,15 +202,24 @@ class TargetEffects:
                 self._post(StreamLost(now, str(event.get("error", "the receiver failed"))))
             case "filled":
                 self._log("filled", bytes=event.get("bytes"), faults=event.get("faults"), seconds=event.get("seconds"))
-                self._filled.set()
+                self._filled = True
+                self._news.set()
             case "pager-died":
                 self._log("pager-died", carried_on=event.get("carried_on"))
                 if not event.get("carried_on"):
-                    self._post(PagerDied(now, "the pager died and its state was uncertain"))
-            case "ended" if not self._filled.is_set():
-                self._post(PagerDied(now, f"the receiver ended with {event.get('code')}"))
+                    self._pager_lost("the pager died and its state was uncertain")
+            case "ended" if not self._memory_is_whole():
+                self._pager_lost(f"the receiver ended with {event.get('code')}")
             case _:
                 return
+
+    def _pager_lost(self, reason: str) -> None:
+        """Kill the container at once: what it reads from now on could be zeros that never were."""
+        self._pager_failed = reason
+        with suppress(OSError):  # there is no container yet
+            (self._cgroup.path / "cgroup.kill").write_text("1")
+        self._news.set()
+        self._post(PagerDied(self._now(), reason))
 
     # --- hand-over --------------------------------------------------------------------------------------------------
 
@@ -193,16 +231,18 @@ class TargetEffects:
             self._bundle.directory,
             self._work_dir / "images",
             lazy=self._lazy,
-            tools=self._parts.tools,
+            tools=replace(self._parts.tools, worker=self._worker),
             deadline=command.deadline,
         )
-        if not self._cgroup.frozen:
+        # Asked for at CRIU's pre-resume, it takes effect as the tasks come out of CRIU's hands.
+        soon = min(command.deadline, self._now() + COMES_UP_FROZEN_SECONDS)
+        if not await asyncio.to_thread(worker.wait_frozen, self._cgroup.path, soon):
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
             raise RestoreFailed("the restored container did not come up frozen; it was killed")
 
     async def _keep_pager(self) -> None:
-        if self._receiver is None:
-            raise GiveUp("the receiver is gone")
+        if self._receiver is None or self._pager_failed:
+            raise GiveUp(self._pager_failed or "the receiver is gone")
         await self._receiver.keep()
 
     def _verify_sound(self) -> None:
@@ -212,7 +252,7 @@ class TargetEffects:
             raise GiveUp("the pager is gone and pages are missing")
 
     def _memory_is_whole(self) -> bool:
-        return self._filled.is_set() or (self._work_dir / "images" / FILLED).exists()
+        return self._filled or (self._work_dir / "images" / FILLED).exists()
 
     def _pager_lives(self) -> bool:
         """Tell whether receiver, keeper or pager are there: also those of an agent before us."""
@@ -234,13 +274,15 @@ class TargetEffects:
     async def _release(self) -> None:
         hold = self._hold if self._hold is not None else Hold.prepare(self._box())
         self._hold = hold
-        play, sent = frames.by_direction(self._frames, self._manifest.address)
+        held, self._frames = self._frames, []
+        play, sent = frames.by_direction(held, self._manifest.address)
         refused = await asyncio.to_thread(self._recreate_tracking)
         if refused:
-            self._log("note", text=f"{refused} tracked connections were refused by the kernel")
+            self._log("note", text=f"connection tracking: {refused} entries refused (-1: the list was unreadable)")
         done = await asyncio.to_thread(hold.release, play, sent)
         self._log("released", played=done.played, sent=done.sent, dropped=done.dropped)
-        self._frames.clear()
+        late, self._frames = self._frames, []
+        self._play_late(late)
 
     def _recreate_tracking(self) -> int:
         """Make the node know the connections that it translates for the pod, before their next packet passes.
@@ -250,7 +292,10 @@ class TargetEffects:
         path = self._work_dir / "images" / CONNTRACK_FILE
         if not path.exists():
             return 0
-        return len(conntrack.recreate(conntrack.from_json(json.loads(path.read_bytes()))))
+        try:
+            return len(conntrack.recreate(conntrack.from_json(json.loads(path.read_bytes()))))
+        except (HandlerError, OSError, ValueError):
+            return -1  # the workload is ours: without them it loses some connections, frozen for ever it loses all
 
     def _play_late(self, taken: list[bytes]) -> None:
         if self._hold is not None:
@@ -258,8 +303,12 @@ class TargetEffects:
 
     async def _await_fill(self, command: c.AwaitFill) -> None:
         if self._receiver is not None:
-            async with asyncio.timeout(max(0.0, command.deadline - self._now())):
-                await self._filled.wait()
+            async with asyncio.timeout_at(command.deadline):
+                await self._news.wait()
+            if self._pager_failed:
+                raise GiveUp(self._pager_failed)
+            if not self._filled:
+                raise TimeoutError("the wait for the fill was broken off")
         else:  # the receiver is an earlier agent's child
             await asyncio.to_thread(self._wait_for_orphan, command.deadline)
         trees = self._bundle.trees(self._manifest).values()
@@ -275,19 +324,30 @@ class TargetEffects:
     # --- the end ----------------------------------------------------------------------------------------------------
 
     async def _destroy(self, command: c.DestroyRestored) -> None:
+        # A restore that an earlier agent began may still be at it, and would make what is destroyed here.
+        await asyncio.to_thread(worker.kill, self._worker, command.deadline)
+        if not self._is_ours():
+            await asyncio.to_thread(self._kill_receiver, command.deadline)
+            return
         if self._cgroup.path.exists():
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
+        await asyncio.to_thread(self._kill_receiver, command.deadline)
         await self._parts.runc.delete(self._move.workload, command.deadline)
-        if self._pager_lives():
-            await asyncio.to_thread(self._receiver_group().kill, command.deadline)
         if self._hold is not None:
             self._hold.close()
             self._hold = None
         await asyncio.to_thread(sandbox.destroy, self._move.workload)
+        await asyncio.to_thread(self._cgroup.remove, command.deadline)
         await asyncio.to_thread(bundles.destroy, self._bundle.directory)
+
+    def _kill_receiver(self, deadline: float) -> None:
+        group = self._receiver_group()
+        if group.path.exists():
+            group.kill(deadline)
 
     async def _clean_up(self, command: c.CleanUp) -> None:
         where = self._parts.settings.runtime
+        await asyncio.to_thread(worker.end, self._worker, command.deadline)
         group = self._receiver_group()
         if self._receiver is not None:
             await self._receiver.wait(command.deadline)

@@ -1,0 +1,68 @@
+"""Keeps runc and CRIU of one migration together in a cgroup v2 directory of their own, so that they can be found.
+
+An agent that dies leaves its runc and CRIU running, and one that kills runc at a deadline leaves CRIU, which then ends
+by itself: it takes its parasite out and freezes the container again. Nothing may be decided before they have ended.
+"""
+
+import math
+import select
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from criu_transfer.errors import DeadlinePassed
+from criu_transfer.keeper import kill_cgroup
+
+KILL_SECONDS = 1.0  # at the end of the time for waiting: what is there then is killed
+
+
+def command_in(group: Path, command: Sequence[str]) -> list[str]:
+    """Give a command that runs `command` in `group`, which is made."""
+    group.mkdir(parents=True, exist_ok=True)
+    return ["sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(group), *command]
+
+
+def wait_empty(group: Path, deadline: float) -> bool:
+    """Wait until no process is in the group; False when the deadline came first. An absent group is empty."""
+    return _wait(group, b"populated 0", deadline)
+
+
+def wait_frozen(group: Path, deadline: float) -> bool:
+    """Wait until all of the group is frozen; False when the deadline came first."""
+    return _wait(group, b"frozen 1", deadline) and group.is_dir()
+
+
+def _wait(group: Path, flag: bytes, deadline: float) -> bool:
+    """Wait for a line of cgroup.events; the kernel tells of changes by POLLPRI. True when the group is absent."""
+    with suppress(FileNotFoundError), (group / "cgroup.events").open("rb", buffering=0) as events:
+        poll = select.poll()
+        poll.register(events, select.POLLPRI)
+        while True:
+            events.seek(0)
+            if flag in events.read(256):
+                return True
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            poll.poll(math.ceil(left * 1000))
+    return True
+
+
+def end(group: Path, deadline: float) -> None:
+    """Let what is in the group end by itself, kill what has not in time, and remove the group.
+
+    Raises DeadlinePassed when even killing does not empty it.
+    """
+    if not wait_empty(group, deadline - KILL_SECONDS):
+        kill(group, deadline)
+    with suppress(FileNotFoundError):
+        group.rmdir()
+
+
+def kill(group: Path, deadline: float) -> None:
+    """Kill what is in the group. Raises DeadlinePassed when it does not go."""
+    if group.is_dir():
+        kill_cgroup(group)
+    if not wait_empty(group, deadline):
+        raise DeadlinePassed(f"processes in {group} do not end")
