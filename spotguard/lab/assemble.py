@@ -96,7 +96,9 @@ class _Story:
         end = self._last("finished", side="source")
         self.outcome = str(end["outcome"]) if end else "unfinished"
         self.reason = str(end["reason"]) if end and self.outcome not in MOVED else ""
-        steps = self._all("freeze-step")
+        # A move that was rolled back may have been tried again: the last try is the one that is told.
+        self._last_try = str(end["migration"]) if end else ""
+        steps = self._of_last_try("freeze-step")
         self.frozen_at = next((float(s["start"]) for s in steps if s["step"] == "freeze"), 0.0)
         self.resumed_at = next((s["start"] + s["seconds"] for s in reversed(steps) if s["step"] == "thaw"), 0.0)
         filled = self._last("filled")
@@ -113,9 +115,8 @@ class _Story:
     def bytes_moved(self) -> int:
         """All that went over the wire for the workload, before TLS."""
         rounds = sum(int(entry["bytes"]) for entry in self._all("round"))
-        captured = self._last("captured") or {}
         parts = ("residual_bytes", "debt_bytes", "image_bytes", "file_bytes")
-        return rounds + sum(int(captured.get(part, 0)) for part in parts)
+        return rounds + sum(int(captured.get(part, 0)) for captured in self._all("captured") for part in parts)
 
     def rounds(self) -> tuple[Round, ...]:
         return tuple(
@@ -126,15 +127,16 @@ class _Story:
                 seconds=e["seconds"],
                 start_s=self.after_notice(e["t"] - e["seconds"]),
             )
-            for e in self._all("round")
+            for e in self._of_last_try("round")
         )
 
     def freeze(self) -> Freeze | None:
         # The target reads the owner record before it takes an offer up too: that is no part of the freeze.
-        begun = next((float(s["start"]) for s in self._all("freeze-step") if s["step"] == "hold"), None)
+        steps = self._of_last_try("freeze-step")
+        begun = next((float(s["start"]) for s in steps if s["step"] == "hold"), None)
         if begun is None:
             return None
-        steps = [step for step in self._all("freeze-step") if float(step["start"]) >= begun]
+        steps = [step for step in steps if float(step["start"]) >= begun]
         first = min(float(step["start"]) for step in steps)
         lengths: dict[str, float] = {}
         starts: dict[str, float] = {}
@@ -155,6 +157,9 @@ class _Story:
 
     def _all(self, event: str, **wanted: str) -> list[dict[str, Any]]:
         return [e for e in self._entries if e["event"] == event and _matches(e, wanted)]
+
+    def _of_last_try(self, event: str) -> list[dict[str, Any]]:
+        return [e for e in self._all(event) if e.get("migration") == self._last_try or not self._last_try]
 
     def _last(self, event: str, **wanted: str) -> dict[str, Any] | None:
         found = self._all(event, **wanted)
