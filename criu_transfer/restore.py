@@ -5,6 +5,7 @@ from pathlib import Path
 
 from criu_transfer.checkpoint import OPTIONS, Tools, last_errors, run
 from criu_transfer.errors import RestoreFailed
+from criu_transfer.quickmoves import quick_moves
 
 # CRIU does not gate the resume: a failing hook is only logged. So the script itself freezes the container's cgroup,
 # after moving CRIU (which runc put there) and itself out. If it cannot freeze, it kills: a copy that nobody
@@ -53,6 +54,7 @@ def restore(container: str, bundle: Path, image_dir: Path, *, lazy: bool, tools:
         command.append("--lazy-pages")
     options = [option for option in OPTIONS if option != "--tcp-skip-in-flight"]
     try:
-        run([*command, *options, container], tools, deadline, RestoreFailed, "runc restore")
+        with quick_moves():
+            run([*command, *options, container], tools, deadline, RestoreFailed, "runc restore")
     except RestoreFailed as failed:
         raise RestoreFailed(f"{failed}; CRIU: {last_errors(image_dir / 'restore.log')}") from failed
