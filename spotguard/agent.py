@@ -14,6 +14,7 @@ from aiohttp import web
 
 from criu_transfer import checkpoint
 from criu_transfer.errors import TransferError
+from criu_transfer.store import require_no_swap
 from criu_transfer.tracker.selftest import selftest
 from handlers.control import ControlClient
 from handlers.errors import HandlerError
@@ -61,6 +62,10 @@ def prepare_machine(settings: AgentSettings) -> tuple[checkpoint.Tools, str]:
     """
     settings.node.runtime_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     check_runtime_dir(settings.node.runtime_dir)
+    try:
+        require_no_swap(settings.node.runtime_dir)
+    except TransferError as error:
+        raise Unsupported(str(error), remedy="memory images are secrets: they must not reach a disk") from error
     deadline = time.monotonic() + START_SECONDS
     try:
         library = checkpoint.build_library(settings.node.runtime_dir)
@@ -141,17 +146,20 @@ async def _start(
     parts: Parts, metrics: Metrics, identity: Identity, tasks: asyncio.TaskGroup, stack: AsyncExitStack
 ) -> None:
     settings = parts.settings
-    migrations = Migrations(parts, Journal(settings.node.state_dir / "journal"), tasks)
+    journal = Journal(settings.node.state_dir / "journal")
+    stack.callback(journal.close)
+    migrations = Migrations(parts, journal, tasks)
     driver = node_driver.NodeDriver(parts, migrations, tasks, parallel=PARALLEL_MOVES)
-    migrations.resume(driver.ended)
     await stack.enter_async_context(
         control_api.serve(
             migrations, ssl_context(identity, server_side=True), settings.control.listen, settings.control.port
         )
     )
+    migrations.resume(driver.ended)
     admin = _Admin(parts, driver, migrations)
     await stack.enter_async_context(admin_api.serve(admin, parts.log, settings.node.runtime_dir / "agent.sock"))
-    await stack.enter_async_context(_serve_http(metrics, settings))
+    health = Health()
+    await stack.enter_async_context(_serve_http(metrics, settings, health))
     poller = ImdsPoller(
         now=parts.clock.wall,
         observer=_ImdsMetrics(metrics),
@@ -160,12 +168,12 @@ async def _start(
     )
     tasks.create_task(poller.run(driver.heard), name="imds")
     tasks.create_task(observe(parts.log, metrics), name="observe")
-    tasks.create_task(follow_routes(parts), name="routes")
+    tasks.create_task(follow_routes(parts, health), name="routes")
 
 
 def imds_endpoints(settings: AgentSettings) -> tuple[str, ...]:
     """Give where the metadata service is looked for: as set, else as AWS's own tools find it."""
-    if settings.imds == ImdsSettings():
+    if settings.imds.endpoint == ImdsSettings().endpoint:
         return endpoints_from(os.environ)
     return (settings.imds.endpoint,)
 
@@ -187,11 +195,30 @@ class _Admin:
         return self._driver.move(pod, target, time_left_s)
 
 
+class Health:
+    """Whether this node can take part in a move; the watch on the owner store tells."""
+
+    def __init__(self) -> None:
+        self._trouble = ""
+
+    def not_ready(self) -> str:
+        """Say why not, empty when it can."""
+        return self._trouble
+
+    def heard(self) -> None:
+        """The owner store answers."""
+        self._trouble = ""
+
+    def lost(self, error: BaseException) -> None:
+        """The owner store is out of reach: no move could be decided."""
+        self._trouble = f"owner store: {error}"
+
+
 class _serve_http:  # noqa: N801 - used as a function
     """Serves metrics and health while the context is open."""
 
-    def __init__(self, metrics: Metrics, settings: AgentSettings) -> None:
-        self._runner = web.AppRunner(http_app(metrics, lambda: ""), shutdown_timeout=0.5)
+    def __init__(self, metrics: Metrics, settings: AgentSettings, health: Health) -> None:
+        self._runner = web.AppRunner(http_app(metrics, health.not_ready), shutdown_timeout=0.5)
         self._settings = settings.metrics
 
     async def __aenter__(self) -> None:
@@ -202,11 +229,12 @@ class _serve_http:  # noqa: N801 - used as a function
         await self._runner.cleanup()
 
 
-async def follow_routes(parts: Parts) -> None:
+async def follow_routes(parts: Parts, health: Health) -> None:
     """Point this node's route of every moved pod to its owner; on the owner's node the target's machine does it."""
     here = parts.settings.node.name
 
     async def apply(record: OwnerRecord) -> None:
+        health.heard()
         box = await asyncio.to_thread(sandbox.find, record.workload)
         if box is not None and box.address == record.address:
             return  # the pod is here: its route is the machines' business, and an old record no news
@@ -218,7 +246,7 @@ async def follow_routes(parts: Parts) -> None:
                 except HandlerError as error:
                     parts.log.add("note", text=f"route to {record.address}: {error}")
 
-    await follow(parts.store, apply)
+    await follow(parts.store, apply, health.lost)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

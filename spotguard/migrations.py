@@ -30,6 +30,7 @@ from spotguard.target_effects import TargetEffects
 
 @dataclass(slots=True)
 class _Receiving:
+    move: Move  # the machine knows it only once it has run
     driver: Driver
     effects: TargetEffects
     peer: str
@@ -120,7 +121,7 @@ class Migrations:
         driver, effects = self._target_driver(move, manifest, limits)
         expires = self._now() + offer.expires_in_s
         driver.post(Offered(self._now(), move, expires, offer.owner_version))
-        self._run_target(move, _Receiving(driver, effects, peer, max(limits.max_memory, limits.max_images)))
+        self._run_target(move, _Receiving(move, driver, effects, peer, max(limits.max_memory, limits.max_images)))
         async with asyncio.timeout_at(deadline):
             accepted, reason = await asyncio.shield(effects.answers.offered)
         if not accepted:
@@ -143,7 +144,7 @@ class Migrations:
             raise GiveUp(complaint) from late
 
     def _is_arriving(self, workload: str) -> bool:
-        return any(other.driver.state.move.workload == workload for other in self._arriving.values())
+        return any(other.move.workload == workload for other in self._arriving.values())
 
     def _accepted(self, offer: Offer) -> TransferLimits:
         """Check the announced sizes against what this node has left for arriving memory, of all migrations together."""
@@ -236,7 +237,7 @@ class Migrations:
         nothing = TransferLimits(0, 0, 0)
         driver, effects = self._target_driver(record.move, manifest, nothing)
         driver.post(AgentRestarted(self._now(), record))
-        self._run_target(record.move, _Receiving(driver, effects, record.move.source, 0))
+        self._run_target(record.move, _Receiving(record.move, driver, effects, record.move.source, 0))
 
     def summary(self) -> list[dict[str, str]]:
         """Say what is under way, for `status`."""
@@ -244,7 +245,7 @@ class Migrations:
             {"workload": w, "side": "source", "phase": str(d.state.phase)} for w, d in sorted(self._leaving.items())
         ]
         arriving = [
-            {"workload": r.driver.state.move.workload, "side": "target", "phase": str(r.driver.state.phase)}
+            {"workload": r.move.workload, "side": "target", "phase": str(r.driver.state.phase)}
             for r in self._arriving.values()
         ]
         return leaving + arriving
