@@ -100,7 +100,9 @@ def receive(configuration: Configuration, control: Control, *, make_lazy: MakeLa
     """Receive one migration and serve its memory; return when the agent has let us go. Raises GiveUp, OSError."""
     require_no_swap()
     complete = _take_in(configuration, control, make_lazy)
-    control.emit({"event": "state-complete", "mode": complete.mode, "rewrite_s": round(complete.rewrite_seconds, 6)})
+    lazy = sum(end - start for ranges in complete.lazy.values() for start, end in ranges)
+    seconds = round(complete.rewrite_seconds, 6)
+    control.emit({"event": "state-complete", "mode": complete.mode, "rewrite_s": seconds, "lazy_bytes": lazy})
     if complete.mode is Mode.LIVE:
         serve(configuration, complete, control)
     else:

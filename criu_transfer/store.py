@@ -116,19 +116,30 @@ _CGROUP = Path("/proc/self/cgroup")
 _CGROUP_ROOT = Path("/sys/fs/cgroup")
 
 
-def require_no_swap(swaps: Path = _SWAPS, cgroup: Path = _CGROUP, root: Path = _CGROUP_ROOT) -> None:
-    """Raise GiveUp when memory of this process could reach a disk.
+def require_no_swap(
+    directory: Path | None = None, *, swaps: Path = _SWAPS, cgroup: Path = _CGROUP, root: Path = _CGROUP_ROOT
+) -> None:
+    """Raise GiveUp when memory of this process, or files in the tmpfs `directory`, could reach a disk.
 
-    memfd pages cannot be locked against swapping without mapping all of them, so the node must have no swap or our
-    cgroup (v2) must forbid it (memory.swap.max, Documentation/admin-guide/cgroup-v2.rst).
+    A tmpfs mounted with `noswap` (Linux 6.4) keeps its files in RAM whatever the node has. memfd pages cannot be
+    locked against swapping without mapping all of them, so there the node must have no swap or our cgroup (v2) must
+    forbid it (memory.swap.max, Documentation/admin-guide/cgroup-v2.rst).
     """
     devices = [line.split()[0] for line in swaps.read_text().splitlines()[1:] if line.strip()]
-    if not devices or _swap_forbidden(cgroup, root):
+    if not devices or _swap_forbidden(cgroup, root) or (directory is not None and _mounted_noswap(directory)):
         return
     raise GiveUp(
         f"memory images could be swapped to {', '.join(devices)}: run 'swapoff -a' on this node, or set"
         " memory.swap.max to 0 for SpotGuard's cgroup"
     )
+
+
+def _mounted_noswap(directory: Path) -> bool:
+    """Tell whether the directory's own mount has the option (proc_pid_mountinfo(5))."""
+    device = directory.stat().st_dev
+    name = f"{os.major(device)}:{os.minor(device)}"
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return any(line.split()[2] == name and "noswap" in line.split(" - ")[-1].split(",") for line in lines)
 
 
 def _swap_forbidden(cgroup: Path, root: Path) -> bool:

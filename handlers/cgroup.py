@@ -132,6 +132,8 @@ class Cgroup:
             (self._memory_v1 / "memory.limit_in_bytes").write_text(str(limit))
         elif (self.path / "memory.max").exists():
             (self.path / "memory.max").write_text(str(limit))
+            if (self.path / "memory.swap.max").exists():  # what is limited here are memory images: never to a disk
+                (self.path / "memory.swap.max").write_text("0")
         else:
             raise GiveUp(f"no memory controller for cgroup {self.path.name}: its memory cannot be limited")
 

@@ -5,6 +5,7 @@ of the core's making; this file knows nothing of their meaning. Each carries the
 every process that it speaks of is dead and its times mean nothing, so it is thrown away.
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,17 @@ class Journal:
         directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         self._boot = BOOT_ID.read_text().strip()
+        # Held as long as this process lives: two agents on one journal would both act upon it.
+        self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as taken:
+            os.close(self._lock)
+            raise JournalError(f"another agent works with the journal in {directory}: stop it first") from taken
+
+    def close(self) -> None:
+        """Let another agent have the journal."""
+        os.close(self._lock)
 
     def write(self, migration: str, record: Mapping[str, Any]) -> None:
         """Replace a migration's record; on the disk when this returns. Raises JournalError."""

@@ -63,6 +63,8 @@ class NodeDriver:
         chosen = target or self._target()
         if chosen is None:
             raise ValueError("no other node is known (setting peers)")
+        if chosen not in self._parts.settings.peers:
+            raise ValueError(f"'{chosen}' is none of the other nodes (setting peers)")
         move = self._new_move(pod, chosen)
         try:
             self._migrations.start(move, self._parts.clock.monotonic() + time_left_s, Mode.LIVE, self._ended)

@@ -22,6 +22,12 @@ from spotguard.parts import Parts, TransferLimits
 MAX_LINE = 64 << 10
 
 
+def available_bytes(meminfo: Path = Path("/proc/meminfo")) -> int:
+    """Return the memory that new work can have without swapping (MemAvailable, proc_meminfo(5))."""
+    line = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(line.split()[1]) * 1024
+
+
 class ReceiverProcess:
     """A running receiver."""
 
@@ -56,7 +62,7 @@ class ReceiverProcess:
         with theirs:
             # Not asyncio's: that kills its children when the loop ends, and this one may have to outlive us.
             module = [sys.executable, "-m", "criu_transfer.receiver"]
-            process = subprocess.Popen(
+            process = subprocess.Popen(  # noqa: ASYNC220 - starting takes a millisecond
                 [*module, "--control-fd", str(theirs.fileno()), "--fill-gate-fd", str(gate)],
                 pass_fds=(theirs.fileno(), gate),
                 stdin=subprocess.DEVNULL,

@@ -23,7 +23,7 @@ from spotguard.core.events import Event, FailureKind, PagerDied, StateComplete, 
 from spotguard.core.state import Move
 from spotguard.ownership_effects import Ownership
 from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
-from spotguard.receiver_process import ReceiverProcess
+from spotguard.receiver_process import ReceiverProcess, available_bytes
 
 CLAIM = "migration"  # names, in a pod's directory, the migration that has made it
 COMES_UP_FROZEN_SECONDS = 0.5
@@ -61,6 +61,7 @@ class TargetEffects:
         self._frames: list[bytes] = []
         self._frame_bytes = 0
         self._lazy = False
+        self._lazy_bytes = 0
         self._filled = False
         self._pager_failed = ""
         self._news = asyncio.Event()  # of the pager
@@ -190,12 +191,15 @@ class TargetEffects:
         match event.get("event"):
             case "state-complete":
                 self._lazy = event.get("mode") == "live"
+                self._lazy_bytes = int(event.get("lazy_bytes", 0))
                 rewrite = float(event.get("rewrite_s", 0.0))
                 self._log("freeze-step", step="rewrite", start=now - rewrite, seconds=rewrite)
                 if not self._lazy:
                     self._post(StateComplete(now))
             case "pager-listening":  # only now may CRIU ask it
                 self._post(StateComplete(now))
+            case "mark":
+                self._log("stored", bytes=int(event.get("held", 0)))
             case "rejected":
                 self._log("note", text=f"the receiver turned a caller away: {event.get('reason')}")
             case "failed":
@@ -224,6 +228,7 @@ class TargetEffects:
     # --- hand-over --------------------------------------------------------------------------------------------------
 
     async def _restore(self, command: c.RestoreProcesses) -> None:
+        self._require_room()
         await asyncio.to_thread(bundles.mount_rootfs, self._bundle, self._parts.settings.runtime.image)
         await asyncio.to_thread(
             restore,
@@ -239,6 +244,21 @@ class TargetEffects:
         if not await asyncio.to_thread(worker.wait_frozen, self._cgroup.path, soon):
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
             raise RestoreFailed("the restored container did not come up frozen; it was killed")
+
+    def _require_room(self) -> None:
+        """Refuse a restore that this node has no memory for: pages that forked processes share come apart here.
+
+        Raises RestoreFailed. As the container's pages are filled the store gives up its own, so one copy is enough.
+        """
+        free = available_bytes()
+        if self._lazy_bytes > free + self._receiver_bytes():
+            raise RestoreFailed(f"the workload needs {self._lazy_bytes} bytes of memory here, {free} are available")
+
+    def _receiver_bytes(self) -> int:
+        try:
+            return self._receiver_group().memory_usage()
+        except (HandlerError, OSError):
+            return 0
 
     async def _keep_pager(self) -> None:
         if self._receiver is None or self._pager_failed:

@@ -32,7 +32,8 @@ set -eu
 mount --bind "$NODE_ETC" /etc/spotguard
 mount -t proc proc /proc
 mount -t tmpfs -o mode=1777 tmpfs /tmp
-mount -t tmpfs -o mode=755 tmpfs /run
+# Where the kernel can (Linux 6.4), memory images are kept off a machine's swap.
+mount -t tmpfs -o mode=755,noswap tmpfs /run 2>/dev/null || mount -t tmpfs -o mode=755 tmpfs /run
 mount -t tmpfs -o mode=711 tmpfs /var/lib/spotguard
 mount -t tmpfs -o mode=1777 tmpfs /dev/shm
 mount -t sysfs sysfs /sys

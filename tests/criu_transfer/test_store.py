@@ -100,14 +100,14 @@ def test_swap_is_refused_unless_our_cgroup_forbids_it(tmp_path: Path) -> None:
     header = "Filename Type Size Used Priority\n"
     cgroup.write_text("0::/spotguard/receiver\n")
     swaps.write_text(header)
-    require_no_swap(swaps, cgroup, tmp_path)
+    require_no_swap(swaps=swaps, cgroup=cgroup, root=tmp_path)
     swaps.write_text(header + "/dev/zram0 partition 1 0 -2\n")
     with pytest.raises(GiveUp, match=r"/dev/zram0: run 'swapoff -a'"):
-        require_no_swap(swaps, cgroup, tmp_path)
+        require_no_swap(swaps=swaps, cgroup=cgroup, root=tmp_path)
     (tmp_path / "spotguard/receiver").mkdir(parents=True)
     limit = tmp_path / "spotguard/receiver/memory.swap.max"
     limit.write_text("max\n")
     with pytest.raises(GiveUp):
-        require_no_swap(swaps, cgroup, tmp_path)
+        require_no_swap(swaps=swaps, cgroup=cgroup, root=tmp_path)
     limit.write_text("0\n")
-    require_no_swap(swaps, cgroup, tmp_path)
+    require_no_swap(swaps=swaps, cgroup=cgroup, root=tmp_path)

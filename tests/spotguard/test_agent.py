@@ -90,13 +90,13 @@ class Roads:
         self.pointed.append(route)
 
     async def follow(self, *records: OwnerRecord) -> None:
-        async def follow(_: object, apply: Callable[[OwnerRecord], Awaitable[None]]) -> None:
+        async def follow(_: object, apply: Callable[[OwnerRecord], Awaitable[None]], __: object) -> None:
             for one in records:
                 await apply(one)
 
         self._monkeypatch.setattr(agent, "follow", follow)
         made = settings(peers={"b": "10.77.0.12:9800"})
-        await agent.follow_routes(cast(Parts, SimpleNamespace(settings=made, store=None, log=self.log)))
+        await agent.follow_routes(cast(Parts, SimpleNamespace(settings=made, store=None, log=self.log)), agent.Health())
 
 
 @pytest.fixture

@@ -19,6 +19,9 @@ def test_records_survive_the_process_and_are_replaced_whole(tmp_path: Path) -> N
     journal.write(ID, {"phase": "holding", "why": "x" * 1000})
     journal.write("b", {"phase": "done"})
     journal.write(ID, {"phase": "dumping"})
+    with pytest.raises(JournalError, match="another agent"):
+        Journal(directory)
+    journal.close()
     assert list(Journal(directory).records()) == [(ID, {"phase": "dumping"}), ("b", {"phase": "done"})]
 
 
@@ -90,4 +93,4 @@ def test_ids_that_could_leave_the_directory_are_refused(migration: str, tmp_path
         journal.write(migration, {})
     with pytest.raises(JournalError):
         journal.remove(migration)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "journal"]
+    assert set(tmp_path.rglob("*")) == {tmp_path / "journal", tmp_path / "journal" / "lock"}
