@@ -51,12 +51,14 @@ class Tools:
 def build_library(directory: Path) -> Path:
     """Compile the preload library into `directory` unless it is there; raises DumpFailed with the compiler's words.
 
-    Its name tells its source, so that a newer agent does not take an older one's.
+    Its name tells its source, so that a newer agent does not take an older one's. The container image has no compiler,
+    but the library, beside its source.
     """
     source = Path(__file__).parent / "native" / "criu_preload.c"
     target = directory / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so"
-    if target.exists():
-        return target
+    for built in (source.with_name(target.name), target):
+        if built.exists():
+            return built
     partial = target.with_suffix(".partial")
     done = subprocess.run(
         ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(partial), str(source), "-ldl"],

@@ -146,6 +146,8 @@ def test_the_library_is_compiled_once_and_again_when_its_source_has_changed(
     source.write_text("int changed;\n")
     monkeypatch.setattr(checkpoint, "__file__", str(source.parent.parent / "checkpoint.py"))
     assert checkpoint.build_library(tmp_path).read_bytes() != built.read_bytes()
+    prebuilt = checkpoint.build_library(source.parent)
+    assert checkpoint.build_library(tmp_path / "not there") == prebuilt
     source.write_text("int main(\n")
     with pytest.raises(DumpFailed, match=r"cannot compile criu_preload\.c: .*error"):
         checkpoint.build_library(tmp_path)
