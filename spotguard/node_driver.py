@@ -17,6 +17,7 @@ from spotguard.core.state import Mode, Move, Outcome
 from spotguard.migrations import Migrations
 from spotguard.parts import Parts
 
+UNTOLD_SECONDS = 60.0  # left, when a notice's time cannot be read: AWS gives two minutes, and some may be over
 LIST_SECONDS = 5.0
 LIST_PAUSE = 1.0
 SETTLE_SECONDS = 10.0
@@ -49,7 +50,7 @@ class NodeDriver:
                 self._parts.log.add("notice-withdrawn", kind=notice.kind)
                 self._take(events.NoticeWithdrawn(now))
             case Notice(kind="spot", action=action, at=at) if action in ACTIONS:
-                deadline = deadline_from_epoch(at, self._parts.clock) if at is not None else now
+                deadline = deadline_from_epoch(at, self._parts.clock) if at is not None else now + UNTOLD_SECONDS
                 self._parts.log.add("notice", kind="spot", action=action, left_s=deadline - now)
                 self._take(events.Notice(now, ACTIONS[action], deadline))
             case Notice(kind="rebalance"):

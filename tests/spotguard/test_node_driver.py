@@ -235,6 +235,16 @@ async def test_a_time_that_is_past_moves_nothing(node: Node) -> None:
     assert "its time is past" in node.notes()
 
 
+@pytest.mark.parametrize(("action", "left"), [("terminate", 60.0), ("hibernate", Limits().hibernate_seconds)])
+async def test_a_notice_without_a_time_is_a_notice_with_less_than_two_minutes(
+    action: Action, left: float, node: Node
+) -> None:
+    node.runs("redis")
+    node.notice(action, left=None)
+    await node.until(node.started)
+    assert node.moves.started[0][1] == NOW + left
+
+
 async def test_what_an_earlier_agent_moves_comes_to_its_end_first_and_listing_is_tried_again(node: Node) -> None:
     node.runs("redis")
     node.moves.unsettled = 3
