@@ -32,11 +32,13 @@ OPTIONS = (
 class Tools:
     """Where runc keeps its state, and a directory whose `criu` runs CRIU under the preload library.
 
-    `worker`: cgroup directory that the commands run in, None for ours.
+    `in_cgroup`: our program that runs a command in a cgroup. `worker`: cgroup directory that the commands run in, None
+    for ours.
     """
 
     runc_root: Path
     criu_dir: Path
+    in_cgroup: Path
     worker: Path | None = None
 
     def environment(self) -> dict[str, str]:
@@ -49,19 +51,29 @@ class Tools:
 
 
 def build_library(directory: Path) -> Path:
-    """Compile the preload library into `directory` unless it is there; raises DumpFailed with the compiler's words.
+    """Give the preload library, compiled into `directory` if need be; raises DumpFailed with the compiler's words."""
+    return _build("criu_preload.c", ".so", directory, "-shared", "-fPIC", "-ldl")
 
-    Its name tells its source, so that a newer agent does not take an older one's. The container image has no compiler,
-    but the library, beside its source.
+
+def build_in_cgroup(directory: Path) -> Path:
+    """Give the program that runs a command in a cgroup, compiled into `directory` if need be; as `build_library`."""
+    return _build("in_cgroup.c", "", directory)
+
+
+def _build(name: str, suffix: str, directory: Path, *options: str) -> Path:
+    """Compile a source of ours unless that has been done.
+
+    The result's name tells its source, so that a newer agent does not take an older one's. The container image has no
+    compiler, but what is built, beside its source.
     """
-    source = Path(__file__).parent / "native" / "criu_preload.c"
-    target = directory / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}.so"
+    source = Path(__file__).parent / "native" / name
+    target = directory / f"{source.stem}-{hashlib.sha256(source.read_bytes()).hexdigest()[:12]}{suffix}"
     for built in (source.with_name(target.name), target):
         if built.exists():
             return built
     partial = target.with_suffix(".partial")
     done = subprocess.run(
-        ["gcc", "-shared", "-fPIC", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(partial), str(source), "-ldl"],
+        ["gcc", "-O2", "-Wall", "-Wextra", "-Werror", "-o", str(partial), str(source), *options],
         capture_output=True,
         text=True,
         check=False,
@@ -83,8 +95,9 @@ def prepare_tools(directory: Path, runc_root: Path, library: Path, deadline: flo
     wrapper.write_text(f'#!/bin/sh\nLD_PRELOAD={library} exec {criu} "$@"\n')
     wrapper.chmod(0o755)
     KERNEL_CACHE.unlink(missing_ok=True)
-    run([str(wrapper), "check"], Tools(runc_root, directory), deadline, DumpFailed, "criu check")
-    return Tools(runc_root, directory)
+    tools = Tools(runc_root, directory, build_in_cgroup(directory))
+    run([str(wrapper), "check"], tools, deadline, DumpFailed, "criu check")
+    return tools
 
 
 def run(command: list[str], tools: Tools, deadline: float, error: type[Exception], what: str) -> str:
@@ -95,7 +108,8 @@ def run(command: list[str], tools: Tools, deadline: float, error: type[Exception
     if deadline <= time.monotonic():
         raise DeadlinePassed(f"no time left for {what}")
     if tools.worker is not None:
-        command = worker.command_in(tools.worker, command)
+        tools.worker.mkdir(parents=True, exist_ok=True)
+        command = [str(tools.in_cgroup), str(tools.worker), *command]
     # Files, not pipes: a restored container inherits them, and a pipe would wait for its last holder.
     with open(os.memfd_create("output"), "w+b") as output:  # noqa: PTH123 - a descriptor, not a path
         process = subprocess.Popen(

@@ -7,7 +7,6 @@ by itself: it takes its parasite out and freezes the container again. Nothing ma
 import math
 import select
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,12 +14,6 @@ from criu_transfer.errors import DeadlinePassed
 from criu_transfer.keeper import kill_cgroup
 
 KILL_SECONDS = 1.0  # at the end of the time for waiting: what is there then is killed
-
-
-def command_in(group: Path, command: Sequence[str]) -> list[str]:
-    """Give a command that runs `command` in `group`, which is made."""
-    group.mkdir(parents=True, exist_ok=True)
-    return ["sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(group), *command]
 
 
 def wait_empty(group: Path, deadline: float) -> bool:
