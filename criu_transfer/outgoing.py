@@ -18,6 +18,7 @@ from types import MappingProxyType
 
 from criu_transfer import checkpoint, images, preflight
 from criu_transfer.errors import DeadlinePassed, DumpFailed, TrackerUnavailable
+from criu_transfer.files import mapped_files
 from criu_transfer.maps import Vma, read_maps
 from criu_transfer.messages import Mode
 from criu_transfer.proctree import Process, processes_of
@@ -142,9 +143,10 @@ class Outgoing:
         tracked = {p: self._trackers[p] for p in frozen if p in self._trackers}
         written = {process: self._scan(process) for process in tracked}
         tracked = {process: tracker for process, tracker in tracked.items() if process in self._trackers}
-        parent = self._write_parent(list(tracked)) if tracked else None
         # After the scan: registering new mappings may have joined some.
-        self.frozen_maps = {process.pid: read_maps(process.pid) for process in frozen}
+        self.frozen_maps = maps = {process.pid: read_maps(process.pid) for process in frozen}
+        mapped = mapped_files(vma for mappings in maps.values() for vma in mappings)
+        parent = self._write_parent({process.vpid: maps[process.pid] for process in tracked}) if tracked else None
         clock.lap("scan")
         with ThreadPoolExecutor(max_workers=1, thread_name_prefix="dump") as pool:
             # Nothing runs, so files stand still too, and go out while CRIU dumps.
@@ -153,8 +155,7 @@ class Outgoing:
                 done.residual_bytes += self._sender.send_pages(process, ranges, deadline).bytes
             done.steps.append(("residual", clock.last, time.monotonic() - clock.last))
             for name, directory in self._trees.items():
-                pids = [process.pid for process in frozen]
-                done.file_bytes += self._sender.send_tree(name, directory, deadline, pids=pids).bytes
+                done.file_bytes += self._sender.send_tree(name, directory, deadline, mapped=mapped).bytes
             clock.lap("dump", dump.result())
         clock.lap("files")  # what of them took longer than the dump
         done.debt_bytes = self._pay_debt(image_dir, tracked, deadline)
@@ -230,14 +231,12 @@ class Outgoing:
         path.mkdir(parents=True, mode=0o700)
         return path
 
-    def _write_parent(self, processes: list[Process]) -> str:
+    def _write_parent(self, maps: Mapping[int, list[Vma]]) -> str:
+        """Write the parent image that claims the private mappings, by pid in the container; give runc's path to it."""
         directory = self._fresh("parent")
         claimed = [
-            (
-                process.vpid,
-                [(v.start, v.end) for v in read_maps(process.pid) if v.private and v.path not in KERNEL_MAPPINGS],
-            )
-            for process in processes
+            (vpid, [(v.start, v.end) for v in mappings if v.private and v.path not in KERNEL_MAPPINGS])
+            for vpid, mappings in maps.items()
         ]
         images.write_parent(directory, claimed, int(time.clock_gettime(time.CLOCK_BOOTTIME) * 1e6))
         return "../parent"

@@ -232,18 +232,21 @@ class Sender:
         deadline: float,
         *,
         pids: Iterable[int] | None = None,
+        mapped: Mapped | None = None,
         stop: Callable[[], bool] = never,
     ) -> FileStats:
         """Send what has changed in a tree since the last call; what is there is compared with what was sent.
 
         Files that processes `pids` (None: all announced ones) map shared are read whole, for their times say nothing.
-        While the container runs () saves that; the last call, when it is frozen, has to name all its processes.
+        While the container runs () saves that; the last call, when it is frozen, has to name all its processes, or give
+        the files that they map as `mapped`, which then counts instead.
         With `stop` the pass ends early, and the next one finds the rest.
         """
         tree = self._trees.get(name)
         if tree is None:
             tree = self._trees[name] = SourceTree(name, root, once=name == IMAGES)
-        mapped = _mapped(pids if pids is not None else [process.pid for process in self._memories])
+        if mapped is None:
+            mapped = _mapped(pids if pids is not None else [process.pid for process in self._memories])
         return self._send_changes(tree, mapped, stop, deadline)
 
     def send_images(self, directory: Path, deadline: float) -> FileStats:
