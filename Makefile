@@ -2,10 +2,11 @@
 #   make drill            a node is interrupted, its containers move: story on the terminal, report in build/drill/
 #   make test             linters, types and all tests that this machine can run
 #   make shell            a shell inside the node image
+#   make image            the product's container image: build/image/spotguard-agent.tar
 #   make drill ARGS="--workload redis --memory 1GiB"      options: make drill ARGS=--help
 SHELL := /bin/bash
 .DELETE_ON_ERROR:
-.PHONY: help drill test lint unit shell rootfs clean
+.PHONY: help drill test lint unit shell image rootfs clean
 ARGS ?=
 ENTER = deploy/rootfs/enter.sh "$$(deploy/rootfs/build.sh)"
 
@@ -28,6 +29,9 @@ unit: rootfs
 
 shell: rootfs
 	@$(ENTER) bash
+
+image:
+	@deploy/image/build.sh
 
 clean:
 	rm -rf build
