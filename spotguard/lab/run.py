@@ -313,7 +313,7 @@ def leftovers(node: Node, pods: set[str]) -> list[str]:
     root = Path(f"/proc/{node.pid}/root")
     places = {
         "transfer files": [*root.glob("run/spotguard/source/*"), *root.glob("run/spotguard/target/*")],
-        "journal": list(root.glob("var/lib/spotguard/state/journal/*")),
+        "journal": list(root.glob("var/lib/spotguard/state/journal/*.json")),
         "receiver": list(node.cgroup.glob("receivers/*/")),
         "parked CRIU": list(node.cgroup.glob("parking/*/")),
         "worker": list(node.cgroup.glob("workers/*/")),
