@@ -26,7 +26,7 @@ class Journal:
         self._directory = directory
         self._boot = BOOT_ID.read_text().strip()
         # Held as long as this process lives: two agents on one journal would both act upon it.
-        self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        self._lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as taken:
