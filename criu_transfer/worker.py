@@ -4,6 +4,7 @@ An agent that dies leaves its runc and CRIU running, and one that kills runc at 
 by itself: it takes its parasite out and freezes the container again. Nothing may be decided before they have ended.
 """
 
+import errno
 import math
 import select
 import time
@@ -14,6 +15,7 @@ from criu_transfer.errors import DeadlinePassed
 from criu_transfer.keeper import kill_cgroup
 
 KILL_SECONDS = 1.0  # at the end of the time for waiting: what is there then is killed
+_AGAIN_SECONDS = 0.001
 
 
 def wait_empty(group: Path, deadline: float) -> bool:
@@ -49,13 +51,32 @@ def end(group: Path, deadline: float) -> None:
     """
     if not wait_empty(group, deadline - KILL_SECONDS):
         kill(group, deadline)
-    with suppress(FileNotFoundError):
+    while not _removed(group):
+        if time.monotonic() >= deadline:
+            raise DeadlinePassed(f"{group} stays busy")
+        time.sleep(_AGAIN_SECONDS)
+
+
+def _removed(group: Path) -> bool:
+    """Try to remove; EBUSY is normal for an instant after the last process has gone."""
+    try:
         group.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno != errno.EBUSY:
+            raise
+        return False
+    return True
 
 
 def kill(group: Path, deadline: float) -> None:
     """Kill what is in the group. Raises DeadlinePassed when it does not go."""
-    if group.is_dir():
-        kill_cgroup(group)
+    switch = group / "cgroup.kill"
+    if switch.exists():
+        with suppress(FileNotFoundError):
+            switch.write_text("1")
+    elif group.is_dir():
+        kill_cgroup(group)  # before Linux 5.14; it waits without end
     if not wait_empty(group, deadline):
         raise DeadlinePassed(f"processes in {group} do not end")
