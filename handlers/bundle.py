@@ -298,9 +298,25 @@ def sync(directories: Iterable[Path]) -> None:
 
 
 def destroy(directory: Path) -> None:
-    """Unmount and delete a bundle; what is already gone is no error."""
+    """Unmount and delete a bundle; what is already gone is no error.
+
+    Interrupted, it leaves the bundle as it was or none, and `remains`.
+    """
     bundle = Bundle(directory)
     if bundle.rootfs.is_mount():
         subprocess.run(["umount", "--lazy", str(bundle.rootfs)], check=True)
+    remove_remains(directory)
     if directory.exists():
-        subprocess.run(["rm", "-rf", "--one-file-system", str(directory)], check=True)
+        directory.rename(remains(directory))
+        remove_remains(directory)
+
+
+def remains(directory: Path) -> Path:
+    """Give the place beside a bundle where one is that is not made yet, or half deleted; no pod has such a name."""
+    return directory.with_name(f".{directory.name}")
+
+
+def remove_remains(directory: Path) -> None:
+    """Delete what an interrupted making or `destroy` of this bundle has left."""
+    if remains(directory).exists():
+        subprocess.run(["rm", "-rf", "--one-file-system", str(remains(directory))], check=True)

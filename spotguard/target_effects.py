@@ -171,11 +171,16 @@ class TargetEffects:
 
     def _claim(self) -> None:
         """Take the pod's directory for this migration. Raises GiveUp when a pod of that name is on this node."""
+        directory = self._bundle.directory
         taken = self._cgroup.path.exists() or sandbox.find(self._move.workload) is not None
-        if taken or self._bundle.directory.exists():
+        if taken or directory.exists():
             raise GiveUp(f"a pod {self._move.workload} is on this node already")
-        self._bundle.directory.mkdir(parents=True)
-        (self._bundle.directory / CLAIM).write_text(self._move.migration)
+        # At once with the claim in it: without one it would be nobody's, and in the way for ever.
+        bundles.remove_remains(directory)
+        partial = bundles.remains(directory)
+        partial.mkdir(parents=True)
+        (partial / CLAIM).write_text(self._move.migration)
+        partial.rename(directory)
 
     def _is_ours(self) -> bool:
         """Tell whether the pod of that name here is this migration's, and not one that was here before."""
@@ -212,7 +217,10 @@ class TargetEffects:
                 self._log("pager-died", carried_on=event.get("carried_on"))
                 if not event.get("carried_on"):
                     self._pager_lost("the pager died and its state was uncertain")
-            case "ended" if not self._memory_is_whole():
+            case "ended" if self._memory_is_whole():  # whether or not it could say so
+                self._filled = True
+                self._news.set()
+            case "ended":
                 self._pager_lost(f"the receiver ended with {event.get('code')}")
             case _:
                 return
@@ -244,6 +252,8 @@ class TargetEffects:
         if not await asyncio.to_thread(worker.wait_frozen, self._cgroup.path, soon):
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
             raise RestoreFailed("the restored container did not come up frozen; it was killed")
+        if not self._cgroup.populated:  # an empty group counts as frozen
+            raise RestoreFailed("no process of the restored container is left")
 
     def _require_room(self) -> None:
         """Refuse a restore that this node has no memory for: pages that forked processes share come apart here.
@@ -272,7 +282,8 @@ class TargetEffects:
             raise GiveUp("the pager is gone and pages are missing")
 
     def _memory_is_whole(self) -> bool:
-        return self._filled or (self._work_dir / "images" / FILLED).exists()
+        # The directory goes in one step, and of a copy that owns only when all memory was there.
+        return self._filled or (self._work_dir / "images" / FILLED).exists() or not self._work_dir.exists()
 
     def _pager_lives(self) -> bool:
         """Tell whether receiver, keeper or pager are there: also those of an agent before us."""
@@ -285,7 +296,7 @@ class TargetEffects:
 
     async def _move_route(self) -> None:
         box = self._box()
-        await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, dev=box.host_dev))
+        await asyncio.to_thread(routes.point, routes.Route(box.address, dev=box.host_dev))
 
     @property
     def _released(self) -> bool:
@@ -331,6 +342,9 @@ class TargetEffects:
                 raise TimeoutError("the wait for the fill was broken off")
         else:  # the receiver is an earlier agent's child
             await asyncio.to_thread(self._wait_for_orphan, command.deadline)
+            if not self._memory_is_whole():
+                self._pager_lost("the pager has ended before all memory was there")
+                raise GiveUp(self._pager_failed)
         trees = self._bundle.trees(self._manifest).values()
         await asyncio.to_thread(bundles.sync, list(trees))
 
@@ -338,8 +352,6 @@ class TargetEffects:
         group = self._receiver_group()
         if group.path.exists():
             group.remove(deadline)
-        if not self._memory_is_whole():
-            raise GiveUp("the pager has ended before all memory was there")
 
     # --- the end ----------------------------------------------------------------------------------------------------
 
@@ -348,6 +360,7 @@ class TargetEffects:
         await asyncio.to_thread(worker.kill, self._worker, command.deadline)
         if not self._is_ours():
             await asyncio.to_thread(self._kill_receiver, command.deadline)
+            await asyncio.to_thread(bundles.remove_remains, self._bundle.directory)
             return
         if self._cgroup.path.exists():
             await asyncio.to_thread(self._cgroup.kill, command.deadline)
@@ -379,7 +392,13 @@ class TargetEffects:
         if self._hold is not None:
             self._hold.close()
             self._hold = None
-        await asyncio.to_thread(shutil.rmtree, self._work_dir, ignore_errors=True)
+        await asyncio.to_thread(self._remove_work_dir)
+
+    def _remove_work_dir(self) -> None:
+        gone = self._work_dir.with_name(f".{self._work_dir.name}")
+        with suppress(FileNotFoundError):
+            self._work_dir.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
     # --- helpers ----------------------------------------------------------------------------------------------------
 
