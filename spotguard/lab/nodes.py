@@ -20,6 +20,7 @@ from handlers.cgroup import Cgroup
 from spotguard.errors import LabError
 
 BRIDGE = "br0"
+BRIDGE_MAC = "02:53:47:00:00:01"
 LAB_ADDRESS = "10.77.0.1"
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 LAB_CGROUP = CGROUP_ROOT / "spotguard-lab"
@@ -142,7 +143,8 @@ class Fabric:
         self.hosts: list[Host] = []
 
     def __enter__(self) -> "Fabric":
-        sh("ip", "link", "add", BRIDGE, "type", "bridge", "forward_delay", "0")
+        # An address of its own: else the bridge takes a port's, and changes it when that node dies.
+        sh("ip", "link", "add", BRIDGE, "address", BRIDGE_MAC, "type", "bridge", "forward_delay", "0")
         sh("ip", "addr", "add", f"{LAB_ADDRESS}/24", "dev", BRIDGE)
         sh("ip", "link", "set", BRIDGE, "up")
         for group in (LAB_CGROUP,):
