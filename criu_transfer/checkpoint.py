@@ -117,9 +117,10 @@ def run(command: list[str], tools: Tools, deadline: float, error: type[Exception
         )
         code = _wait(process, deadline)
         if code is None:
-            # CRIU ends by itself when runc is gone; until then it has the processes in its hands.
+            # CRIU ends by itself when runc is gone; until then it has the processes in its hands. How much longer
+            # one may wait, and then kill it, is the caller's to say.
             if tools.worker is not None:
-                worker.end(tools.worker, time.monotonic() + AFTERMATH)
+                worker.wait_empty(tools.worker, time.monotonic() + AFTERMATH)
             raise DeadlinePassed(f"{what} was stopped at the deadline")
         output.seek(0)
         text = output.read().decode(errors="replace")

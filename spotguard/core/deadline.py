@@ -18,6 +18,7 @@ class Limits:
     restore_reserve: float = 5.0  # for the target's restore and the hand-over, before the node dies
     reserve: float = 10.0  # kept free besides, as long as there is a choice
     step_seconds: float = 5.0  # for a step that should take milliseconds
+    orphan_seconds: float = 60.0  # for a CRIU without its runc to end: killed, it leaves the processes unsound
     offer_seconds: float = 15.0  # for the target to prepare
     dump_seconds: float = 10.0  # for a dump, beside its copying
     restore_seconds: float = 20.0  # for the target to restore and take over, before the source wants it back

@@ -435,6 +435,9 @@ def _order(state: SourceState, now: float) -> c.Command:
     limits = state.limits
     soon = now + limits.step_seconds
     freeze = _freeze_seconds(state, _left(state))
+    if state.phase == P.SECURING:
+        # Once the node is about to die, a workload that waits is as lost as one that is killed.
+        soon = max(soon, min(state.deadline - limits.restore_reserve, now + limits.orphan_seconds))
     match state.phase:
         case P.OFFERING:
             return c.OfferTarget(now + limits.offer_seconds, expires=state.deadline, version=state.version)
