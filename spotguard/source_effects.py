@@ -321,11 +321,15 @@ class SourceEffects:
 
     async def _stay_frozen(self, command: c.StayFrozen) -> None:
         # A CRIU that is still at it needs the processes as it left them: freezing beneath it could hang both.
-        await asyncio.to_thread(worker.end, self._worker, command.deadline - FREEZE_SECONDS)
+        try:
+            await asyncio.to_thread(worker.end, self._worker, command.deadline - FREEZE_SECONDS)
+        finally:
+            await self._hold_and_freeze(command.deadline)
+
+    async def _hold_and_freeze(self, deadline: float) -> None:
         try:
             if self._cgroup.path.exists():
-                freeze = partial(self._cgroup.freeze, command.deadline, thaw_on_failure=False)
-                await asyncio.to_thread(freeze)
+                await asyncio.to_thread(partial(self._cgroup.freeze, deadline, thaw_on_failure=False))
         finally:
             if self._find_box() is not None:
                 self._engage()
@@ -350,7 +354,7 @@ class SourceEffects:
             self._forwarder.collect()
             await self._forwarder.stop()
             kept = self._forwarder.kept
-        self._hold.release(*frames.by_direction(kept, self._manifest.address))
+        self._hold.release(*frames.by_direction(kept, self._box().address))
         self._hold.close()
         self._hold = self._forwarder = None
 
@@ -369,7 +373,7 @@ class SourceEffects:
         if self._find_box() is None:
             return
         target = self._parts.control.address_of(self._move.target)
-        await asyncio.to_thread(routes.point, routes.Route(self._manifest.address, via=target))
+        await asyncio.to_thread(routes.point, routes.Route(self._box().address, via=target))
         if self._forwarder is not None:
             self._forwarder.start_sending()
             async with asyncio.timeout_at(command.deadline):
@@ -388,13 +392,13 @@ class SourceEffects:
                 async with asyncio.timeout(LAST_FRAMES_SECONDS):
                     await self._forwarder.flush()
             await self._forwarder.stop()
-        self._close_hold()
+        await self._close_hold()
         await asyncio.to_thread(sandbox.destroy, self._move.workload)
         await asyncio.to_thread(bundles.destroy, self._bundle.directory)
         await asyncio.to_thread(self._cgroup.remove, command.deadline)
 
     async def _clean_up(self, command: c.CleanUp) -> None:
-        self._close_hold()
+        await self._close_hold()
         await asyncio.to_thread(worker.end, self._worker, command.deadline)
         if self._outgoing is not None:
             await asyncio.to_thread(self._outgoing.close)
@@ -421,8 +425,10 @@ class SourceEffects:
             raise GiveUp(f"pod {self._move.workload} has no network of ours")
         return box
 
-    def _close_hold(self) -> None:
+    async def _close_hold(self) -> None:
         """Let go of the hold; its rules stay with the network, and go with it."""
+        if self._forwarder is not None:
+            await self._forwarder.stop()  # the event loop must not go on watching a closed descriptor
         if self._hold is not None:
             self._hold.close()
         self._hold = self._forwarder = None
