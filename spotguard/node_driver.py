@@ -132,7 +132,11 @@ class NodeDriver:
         self._ended(workload, outcome)
 
     async def _list_pods(self) -> None:
-        """List what runs here, once what an earlier agent had begun to move is settled; asked again until it works."""
+        """List what runs here, asked again until it works.
+
+        What an earlier agent had begun to move is let settle before, for a while: one that hangs must not keep the
+        others here.
+        """
         target = self._target()
         if target is None:
             self._parts.log.add("note", text="no other node is known (setting peers): nothing can be moved")
@@ -142,9 +146,12 @@ class NodeDriver:
             wait=tenacity.wait_fixed(LIST_PAUSE),
             before_sleep=self._tell_failure,
         )
+        try:
+            await self._migrations.settled(self._parts.clock.monotonic() + SETTLE_SECONDS)
+        except GiveUp as unsettled:
+            self._parts.log.add("note", text=f"pods are listed all the same: {unsettled}")
         async for attempt in retrying:
             with attempt:
-                await self._migrations.settled(self._parts.clock.monotonic() + SETTLE_SECONDS)
                 deadline = self._parts.clock.monotonic() + LIST_SECONDS
                 containers = await self._parts.runc.containers(deadline)
         running = [one.name for one in containers if one.status in {"running", "paused"}]
@@ -158,7 +165,7 @@ class NodeDriver:
     def _pod(self, name: str, target: str) -> events.Pod:
         try:
             processes = processes_of(self._parts.pod_cgroup(name).path)
-        except FileNotFoundError:  # it has just ended: the move will find out
+        except OSError:  # it has just ended: the move will find out
             processes = []
         return events.Pod(name, target, memory_bytes=soundness.memory_bytes(processes))
 

@@ -67,6 +67,7 @@ class Node:
         self.log = EventLog(self.clock)
         self.moves = Moves()
         self.containers: list[Container] = []
+        self.unlistable = 0
         self.parts = cast(
             Parts,
             SimpleNamespace(
@@ -87,6 +88,9 @@ class Node:
 
     async def _list(self, deadline: float) -> list[Container]:
         assert deadline > NOW
+        if self.unlistable:
+            self.unlistable -= 1
+            raise GiveUp("runc list failed (1)")
         return self.containers
 
     def runs(self, *names: str, state: Status = "running") -> None:
@@ -245,12 +249,20 @@ async def test_a_notice_without_a_time_is_a_notice_with_less_than_two_minutes(
     assert node.moves.started[0][1] == NOW + left
 
 
-async def test_what_an_earlier_agent_moves_comes_to_its_end_first_and_listing_is_tried_again(node: Node) -> None:
+async def test_a_move_of_an_earlier_agent_that_hangs_does_not_keep_the_others_here(node: Node) -> None:
     node.runs("redis")
-    node.moves.unsettled = 3
+    node.moves.unsettled = 1000
     node.notice()
     await node.until(node.started)
-    assert node.notes().count("the pods cannot be listed yet: earlier moves go on") == 3
+    assert node.notes().count("pods are listed all the same: earlier moves go on") == 1
+
+
+async def test_listing_is_tried_until_it_works(node: Node) -> None:
+    node.runs("redis")
+    node.unlistable = 3
+    node.notice()
+    await node.until(node.started)
+    assert node.notes().count("the pods cannot be listed yet: runc list failed (1)") == 3
 
 
 async def test_a_move_that_was_rolled_back_is_tried_again_and_in_the_end_is_not(
