@@ -36,6 +36,7 @@ class NodeDriver:
         self._migrations = migrations
         self._tasks = tasks
         self._state = node.NodeState(parallel=parallel)
+        self._listings = 0  # under way: what they find may have to be moved yet
 
     @property
     def cordoned(self) -> bool:
@@ -80,7 +81,7 @@ class NodeDriver:
             self._perform(command)
         state = self._state
         idle = state.notice is not None and not (state.moving or state.waiting or state.resting)
-        if idle and isinstance(event, events.MoveFinished | events.PodsListed):
+        if idle and not self._listings and isinstance(event, events.MoveFinished | events.PodsListed):
             self._parts.log.add("moves-ended")
 
     def _perform(self, command: c.Command) -> None:
@@ -94,6 +95,7 @@ class NodeDriver:
             case c.Wake(at=at, tag=tag):
                 self._wake(at, tag)
             case c.ListPods():
+                self._listings += 1
                 self._tasks.create_task(self._list_pods(), name="list pods")
             case c.StartMove():
                 self._start_move(command)
@@ -139,6 +141,7 @@ class NodeDriver:
         """
         target = self._target()
         if target is None:
+            self._listings -= 1
             self._parts.log.add("note", text="no other node is known (setting peers): nothing can be moved")
             return
         retrying = tenacity.AsyncRetrying(
@@ -156,6 +159,7 @@ class NodeDriver:
                 containers = await self._parts.runc.containers(deadline)
         running = [one.name for one in containers if one.status in {"running", "paused"}]
         pods = [await asyncio.to_thread(self._pod, name, target) for name in running]
+        self._listings -= 1
         self._take(events.PodsListed(self._parts.clock.monotonic(), tuple(pods)))
 
     def _tell_failure(self, state: tenacity.RetryCallState) -> None:

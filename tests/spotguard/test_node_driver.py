@@ -257,6 +257,17 @@ async def test_a_move_of_an_earlier_agent_that_hangs_does_not_keep_the_others_he
     assert node.notes().count("pods are listed all the same: earlier moves go on") == 1
 
 
+async def test_moves_have_not_ended_while_pods_are_being_listed(node: Node) -> None:
+    node.runs("redis")
+    node.unlistable = 1000
+    node.notice()
+    node.driver.ended("redis", Outcome.ROLLED_BACK)
+    await node.until(lambda: node.unlistable < 990)
+    assert not node.logged("moves-ended")
+    node.unlistable = 0
+    await node.until(node.started)
+
+
 async def test_listing_is_tried_until_it_works(node: Node) -> None:
     node.runs("redis")
     node.unlistable = 3
