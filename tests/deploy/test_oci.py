@@ -80,7 +80,9 @@ def test_the_archive_is_an_image_layout(tmp_path: Path) -> None:
     }
     manifest = json.loads(blob(top))
     image = json.loads(blob(manifest["config"]))
-    layers = [gzip.decompress(blob(layer)) for layer in manifest["layers"]]
+    packed = [blob(layer) for layer in manifest["layers"]]
+    assert {layer[3:8] for layer in packed} == {bytes(5)}  # RFC 1952: no file name, no time
+    layers = [gzip.decompress(layer) for layer in packed]
     assert image["rootfs"]["diff_ids"] == [f"sha256:{hashlib.sha256(layer).hexdigest()}" for layer in layers]
     assert (image["created"], image["config"]) == ("1970-01-02T00:00:00Z", CONFIG)
     assert [layer["mediaType"] for layer in manifest["layers"]] == ["application/vnd.oci.image.layer.v1.tar+gzip"] * 2
