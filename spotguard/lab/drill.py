@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import re
 import shutil
 import sys
@@ -13,15 +14,17 @@ from typing import Any
 
 from spotguard import __version__
 from spotguard.clock import SystemClock
-from spotguard.errors import SpotGuardError
+from spotguard.core.state import SourcePhase, TargetPhase
+from spotguard.errors import SpotGuardError, Unsupported
 from spotguard.lab import assemble
 from spotguard.lab.pod import PRESETS, PodOptions
 from spotguard.lab.report import Report, terminal_summary, write_json
 from spotguard.lab.report_html import write_html
-from spotguard.lab.run import Run, RunOptions, RunResult
+from spotguard.lab.run import SOURCE, TARGET, Run, RunOptions, RunResult
 from spotguard.lab.teller import Teller
 
 DEFAULT_WORKLOADS = ("redis", "postgres", "java")
+HARMLESS = frozenset({"lo", "sit0", "tunl0", "ip6tnl0", "gre0", "gretap0", "erspan0"})  # made with every namespace
 FAULTS = ("drop-page", "double-run")
 _SIZE = re.compile(r"(\d+)\s*(MiB|GiB)?\Z")
 _RATE = re.compile(r"\d+(\.\d+)?(k|m|g)bit\Z")
@@ -53,6 +56,28 @@ def positive(text: str) -> float:
     return number
 
 
+def node_phase(text: str) -> tuple[str, str]:
+    """Read NODE:PHASE."""
+    node, _, phase = text.partition(":")
+    phases = {SOURCE: SourcePhase, TARGET: TargetPhase}
+    if node not in phases or phase not in [str(one) for one in phases[node]]:
+        known = "; ".join(f"{name}: {', '.join(map(str, kinds))}" for name, kinds in phases.items())
+        raise argparse.ArgumentTypeError(f"'{text}' is no NODE:PHASE ({known})")
+    return node, phase
+
+
+def check_place(interfaces: Path = Path("/sys/class/net")) -> None:
+    """See that the lab may make its network here. Raises Unsupported: never does it touch a machine's own network."""
+    if os.geteuid() != 0:
+        raise Unsupported("the drill makes namespaces and moves containers, which takes root", remedy="run it by sudo")
+    others = sorted(path.name for path in interfaces.iterdir() if path.is_dir() and path.name not in HARMLESS)
+    if others:
+        raise Unsupported(
+            f"this network namespace has {', '.join(others)}: the drill wants one of its own",
+            remedy="run it by `make drill`, which enters the node image",
+        )
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's flags."""
     parser.add_argument(
@@ -81,6 +106,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fault", choices=FAULTS, action="append", default=[], metavar="NAME",
         help="break something on purpose, to see that it would be found: drop-page (pages are not sent), "
         "double-run (the source thaws after the hand-over); the drill then fails",
+    )  # fmt: skip
+    parser.add_argument(
+        "--kill-agent", type=node_phase, action="append", default=[], metavar="NODE:PHASE",
+        help="kill -9 the agent of node-a (source) or node-b (target) when it enters that phase, and start it again",
     )  # fmt: skip
     parser.add_argument("--runs", type=int, default=1, metavar="N", help="how many runs (default: 1)")
     parser.add_argument(
@@ -112,11 +141,13 @@ async def drill(args: argparse.Namespace) -> int:
         action=args.action,
         time_left_s=args.time_left,
         faults=tuple(args.fault),
+        kills=tuple(args.kill_agent),
     )
+    compare = not (args.no_comparison or args.fault or args.kill_agent)
     worst = 0
     for number in range(args.runs):
         name = "report" if args.runs == 1 else f"report-{number + 1}"
-        report = await _one(options, output, compare=not args.no_comparison and not args.fault)
+        report = await _one(options, output, compare=compare)
         write_json(report, output / f"{name}.json")
         write_html(report, output / f"{name}.html")
         print(f"\n{terminal_summary(report)}\n\nreport: {output / name}.html, {output / name}.json", flush=True)
@@ -162,4 +193,5 @@ def main(args: argparse.Namespace) -> int:
     """Run the command."""
     if args.runs < 1 or args.connections < 1:
         raise SpotGuardError("--runs and --connections must be at least 1")
+    check_place()
     return asyncio.run(drill(args))

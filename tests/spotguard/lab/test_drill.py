@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from spotguard import cli
-from spotguard.errors import ExitCode, LabError
+from spotguard.errors import ExitCode, LabError, Unsupported
 from spotguard.lab import drill
 from spotguard.lab.pod import PodOptions
 from spotguard.lab.report import Machine, Notice, Report, WorkloadReport
@@ -154,3 +154,19 @@ def test_a_lab_that_fails_is_told_without_a_traceback(
     monkeypatch.setattr(drill, "Run", Run)
     assert cli.main(["drill", "--output", str(tmp_path)]) == ExitCode.FAILED
     assert capsys.readouterr().err == "spotguard drill: the agents are not ready\n"
+
+
+def test_it_keeps_away_from_a_machine_s_own_network(tmp_path: Path) -> None:
+    (tmp_path / "lo").mkdir()
+    drill.check_place(tmp_path)
+    (tmp_path / "eth0").mkdir()
+    with pytest.raises(Unsupported, match="has eth0") as refused:
+        drill.check_place(tmp_path)
+    assert "make drill" in refused.value.remedy
+
+
+@pytest.mark.parametrize("text", ["node-a", "node-c:dumping", "node-a:thinking", "node-b:dumping", ":"])
+def test_only_real_phases_can_be_killed_in(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="NODE:PHASE"):
+        drill.node_phase(text)
+    assert drill.node_phase("node-a:dumping") == ("node-a", "dumping")
