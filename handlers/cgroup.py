@@ -6,6 +6,7 @@ poll(2): the kernel wakes readers of `cgroup.events`; files of version 1 do not 
 after 1 ms.
 """
 
+import contextlib
 import errno
 import functools
 import os
@@ -39,6 +40,8 @@ class Cgroup:
         there. Raises GiveUp when a limit is asked for and neither version offers the controller.
         """
         path.mkdir(parents=True, exist_ok=True)
+        if memory_max is not None and memory_v1 is None:
+            _give_memory_controller(path)
         if memory_v1 is not None:
             memory_v1.mkdir(parents=True, exist_ok=True)
         group = cls(path, memory_v1=memory_v1)
@@ -201,6 +204,20 @@ def of_process(pid: int) -> Path:
         if line.startswith("0::"):
             return ROOT / line.removeprefix("0::").lstrip("/")
     raise GiveUp(f"process {pid} is in no cgroup of version 2")
+
+
+def _give_memory_controller(group: Path) -> None:
+    """Enable the memory controller for `group` in every group above that has it and has not passed it on.
+
+    A group with processes of its own cannot (cgroups(7), "no internal processes"): then the limit's file stays away,
+    and limiting says so.
+    """
+    above = [parent for parent in group.parents if (parent / "cgroup.subtree_control").exists()]
+    for parent in reversed(above):
+        passed_on = (parent / "cgroup.subtree_control").read_text().split()
+        if "memory" in (parent / "cgroup.controllers").read_text().split() and "memory" not in passed_on:
+            with contextlib.suppress(OSError):
+                (parent / "cgroup.subtree_control").write_text("+memory")
 
 
 def _flag(events: str, name: str) -> bool:

@@ -139,6 +139,23 @@ def test_memory_is_limited_by_version_2(tmp_path):
     assert made.memory_usage() == 4096
 
 
+def test_the_memory_controller_is_passed_down_to_a_limited_group(tmp_path):
+    """As on a machine with version 2 alone; plain files stand for the kernel's, which is not such a one here."""
+    root, helpers = tmp_path / "root", tmp_path / "root/helpers"
+    group = helpers / "one"
+    group.mkdir(parents=True)
+    for directory, passed_on in ((root, "cpu memory"), (helpers, "cpu")):
+        (directory / "cgroup.controllers").write_text("cpu memory pids")
+        (directory / "cgroup.subtree_control").write_text(passed_on)
+    (group / "memory.max").write_text("max")
+    (group / "memory.swap.max").write_text("max")
+    Cgroup.create(group, memory_max=5 << 20)
+    assert (root / "cgroup.subtree_control").read_text() == "cpu memory", "it has it on already"
+    assert (helpers / "cgroup.subtree_control").read_text() == "+memory"
+    assert (group / "memory.max").read_text() == str(5 << 20)
+    assert (group / "memory.swap.max").read_text() == "0", "memory images must not reach a disk"
+
+
 def test_a_process_that_is_gone_is_in_no_group():
     with pytest.raises(GiveUp, match="gone"):
         cgroup.of_process(2**22)
