@@ -235,7 +235,11 @@ async def follow_routes(parts: Parts, health: Health) -> None:
 
     async def apply(record: OwnerRecord) -> None:
         health.heard()
-        box = await asyncio.to_thread(sandbox.find, record.workload)
+        try:
+            box = await asyncio.to_thread(sandbox.find, record.workload)
+        except Exception as error:  # noqa: BLE001 - whatever half a network makes of the look, it must not end the agent
+            parts.log.add("note", text=f"the network of {record.workload} is being made or removed: {error}")
+            return
         if box is not None and box.address == record.address:
             return  # the pod is here: its route is the machines' business, and an old record no news
         if record.owner == "target" and record.target != here:

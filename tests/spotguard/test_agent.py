@@ -74,7 +74,7 @@ class Roads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.pointed: list[routes.Route] = []
-        self.broken = False
+        self.broken = self.torn = False
         self.here: dict[str, str] = {}
         self.log = EventLog(FakeClock())
         monkeypatch.setattr(agent.routes, "point", self._point)
@@ -82,6 +82,8 @@ class Roads:
         self._monkeypatch = monkeypatch
 
     def _find(self, name: str) -> object:
+        if self.torn:
+            raise FileNotFoundError(f"/run/netns/pod-{name}")
         return SimpleNamespace(address=self.here[name]) if name in self.here else None
 
     def _point(self, route: routes.Route) -> None:
@@ -118,6 +120,15 @@ async def test_an_old_record_does_not_move_the_route_of_a_pod_that_is_here(roads
     roads.here = {"redis": "10.77.1.10"}
     await roads.follow(record("b"))
     assert roads.pointed == []
+
+
+async def test_a_network_that_goes_away_while_it_is_looked_at_ends_nothing(roads: Roads) -> None:
+    roads.torn = True
+    await roads.follow(record("b"))
+    roads.torn = False
+    await roads.follow(record("b"))
+    assert len(roads.pointed) == 1
+    assert "the network of redis" in roads.log.kept()[0]["text"]
 
 
 async def test_a_route_that_cannot_be_set_is_told_and_the_next_is_tried(roads: Roads) -> None:
