@@ -122,7 +122,7 @@ class TargetEffects:
     def keep_frames(self, block: bytes) -> None:
         """Take frames that the source has held; played at the release, or now when that has been."""
         taken = frames.unpack(block)
-        if self._hold is None or self._released:
+        if self._released:
             self._play_late(taken)
             return
         for frame in taken:
@@ -305,12 +305,15 @@ class TargetEffects:
     async def _release(self) -> None:
         hold = self._hold if self._hold is not None else Hold.prepare(self._box())
         self._hold = hold
-        held, self._frames = self._frames, []
-        play, sent = frames.by_direction(held, self._manifest.address)
         refused = await asyncio.to_thread(self._recreate_tracking)
         if refused:
             self._log("note", text=f"connection tracking: {refused} entries refused (-1: the list was unreadable)")
-        done = await asyncio.to_thread(hold.release, play, sent)
+        held, self._frames = self._frames, []
+        try:
+            done = await asyncio.to_thread(hold.release, *frames.by_direction(held, self._manifest.address))
+        except OSError:
+            self._frames = [*held, *self._frames]  # for the next try
+            raise
         self._log("released", played=done.played, sent=done.sent, dropped=done.dropped)
         late, self._frames = self._frames, []
         self._play_late(late)
