@@ -73,12 +73,12 @@ build_node() {
   [ "$variant" = drill ] && extra=(--group dev)
   # shellcheck disable=SC2016  # expanded by the inner shell
   chroot "$tmp" sh -ec 'cd /opt/spotguard/lock
-    export SSL_CERT_FILE=$PWD/ca.crt PIP_CERT=$PWD/ca.crt UV_PROJECT_ENVIRONMENT=/opt/spotguard/venv UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
+    export HOME=/opt/spotguard/lock/home SSL_CERT_FILE=$PWD/ca.crt PIP_CERT=$PWD/ca.crt UV_PROJECT_ENVIRONMENT=/opt/spotguard/venv UV_LINK_MODE=copy UV_PYTHON_DOWNLOADS=never
     python3 -m venv /opt/spotguard/uv
     /opt/spotguard/uv/bin/python -m pip install --quiet "uv==$(sed -n "s/^required-version = \"==\(.*\)\"/\1/p" pyproject.toml)"
     python3 -m venv --system-site-packages /opt/spotguard/venv
     /opt/spotguard/uv/bin/uv sync --frozen --no-install-project --no-default-groups "$@"
-    rm -rf /root/.cache ca.crt' sh "${extra[@]}" >"$node.log" 2>&1 || die "installing the Python packages failed, see $node.log"
+    rm -rf home ca.crt' sh "${extra[@]}" >"$node.log" 2>&1 || die "installing the Python packages failed, see $node.log"
   mv "$tmp" "$node"
 }
 
