@@ -108,15 +108,14 @@ class Migrations:
         move = Move(migration=offer.migration, workload=manifest.name, source=peer, target=here)
         if offer.migration in self._arriving:
             raise GiveUp(f"migration {offer.migration} is here already")
-        # An earlier try may still be cleaning up.
-        if self.unwilling:
-            raise GiveUp(f"{here} takes nothing: {self.unwilling}")
-        name = manifest.name
+        self._require_willing()
+        name = manifest.name  # an earlier try may still be cleaning up
         await self._wait_until(
             lambda: not self._is_arriving(name) and name not in self._leaving,
             deadline,
             f"an earlier move of {name} goes on",
         )
+        self._require_willing()
         limits = self._accepted(offer)
         driver, effects = self._target_driver(move, manifest, limits)
         expires = self._now() + offer.expires_in_s
@@ -127,6 +126,10 @@ class Migrations:
         if not accepted:
             raise GiveUp(reason)
         return OfferAnswer(stream_host=self._parts.settings.node.address, stream_port=effects.stream_port)
+
+    def _require_willing(self) -> None:
+        if self.unwilling:
+            raise GiveUp(f"{self._parts.settings.node.name} takes nothing: {self.unwilling}")
 
     async def settled(self, deadline: float) -> None:
         """Wait until nothing leaves this node any more, as after a restart. Raises GiveUp at the deadline."""
