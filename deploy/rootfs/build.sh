@@ -84,4 +84,7 @@ build_node() {
 
 [ -d "$base" ] || build_base
 [ -d "$node" ] || build_node
+touch "$base" "$node"
+# What no call has asked for in a fortnight is of older recipes.
+find "$cache" -mindepth 1 -maxdepth 1 -type d -mtime +14 -exec rm -rf --one-file-system {} +
 echo "$node"
