@@ -10,11 +10,10 @@ or page that was never tracked is in CRIU's own dump.
 import shutil
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
 
 from criu_transfer import checkpoint, images, preflight
 from criu_transfer.errors import DeadlinePassed, DumpFailed, TrackerUnavailable
@@ -127,10 +126,10 @@ class Outgoing:
         self._sender.mark(patience)
         return RoundResult(sent, self._pending(), time.monotonic() - start)
 
-    def capture(self, mode: Mode, deadline: float, *, beside: Mapping[str, bytes] = MappingProxyType({})) -> Capture:
+    def capture(self, mode: Mode, deadline: float, *, beside: Callable[[], Mapping[str, bytes]] = dict) -> Capture:
         """Capture the frozen container and send all of it, END included; returns when the receiver has acknowledged.
 
-        `beside`: files, by name, that the target finds beside CRIU's images.
+        `beside`: gives files, by name, that the target finds beside CRIU's images; called while CRIU dumps.
         END is sent only after the dump has succeeded. Raises DumpFailed, PeerGone, StateMissing, DeadlinePassed.
         """
         done = Capture()
@@ -156,10 +155,11 @@ class Outgoing:
             done.steps.append(("residual", clock.last, time.monotonic() - clock.last))
             for name, directory in self._trees.items():
                 done.file_bytes += self._sender.send_tree(name, directory, deadline, mapped=mapped).bytes
+            others = beside()
             clock.lap("dump", dump.result())
         clock.lap("files")  # what of them took longer than the dump
         done.debt_bytes = self._pay_debt(image_dir, tracked, deadline)
-        for name, content in beside.items():
+        for name, content in others.items():
             (image_dir / name).write_bytes(content)
         done.image_bytes = self._sender.send_images(image_dir, deadline).bytes
         self._sender.end({process.vpid: process for process in tracked}, mode, deadline)

@@ -285,8 +285,7 @@ class SourceEffects:
         outgoing = self._transfer()
         self._forwarder.add(self._hold.take_sent())
         mode = WireMode.LIVE if command.mode is Mode.LIVE else WireMode.STOP_AND_COPY
-        beside = {CONNTRACK_FILE: self._tracked_connections()}
-        done = await asyncio.to_thread(outgoing.capture, mode, command.deadline, beside=beside)
+        done = await asyncio.to_thread(outgoing.capture, mode, command.deadline, beside=self._beside_the_images)
         for step, start, seconds in done.steps:
             self._log("freeze-step", step=step, start=start, seconds=seconds)
         self._log(
@@ -297,17 +296,25 @@ class SourceEffects:
             file_bytes=done.file_bytes,
         )
 
-    def _tracked_connections(self) -> bytes:
-        """Give what the node's connection tracking knows of the pod, for the target; without it, what it can be."""
+    def _beside_the_images(self) -> dict[str, bytes]:
+        """Give what the node's connection tracking knows of the pod, for the target; without it, what it can be.
+
+        Runs on the transfer's thread: walking the node's table takes 10 ms.
+        """
         try:
             tracked = conntrack.entries(self._manifest.address)
         except OSError as error:
-            self._log("note", text=f"connection tracking cannot be read: {error}")
-            return b"[]"
+            self._tell(f"connection tracking cannot be read: {error}")
+            return {CONNTRACK_FILE: b"[]"}
         ending = conntrack.unkeepable(tracked, [self._parts.settings.node.address])
         if ending:
-            self._log("note", text=f"{len(ending)} connections stand on this node's own address and end with the move")
-        return json.dumps(conntrack.to_json(entry for entry in tracked if entry not in ending)).encode()
+            self._tell(f"{len(ending)} connections stand on this node's own address and end with the move")
+        kept = conntrack.to_json(entry for entry in tracked if entry not in ending)
+        return {CONNTRACK_FILE: json.dumps(kept).encode()}
+
+    def _tell(self, text: str) -> None:
+        """Log a note from any thread."""
+        self._loop.call_soon_threadsafe(partial(self._log, "note", text=text))
 
     async def _request_restore(self, command: c.RequestRestore) -> TargetAnswered:
         if self._forwarder is not None:

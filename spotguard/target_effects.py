@@ -60,6 +60,7 @@ class TargetEffects:
         self._hold: Hold | None = None
         self._frames: list[bytes] = []
         self._frame_bytes = 0
+        self._found: sandbox.Sandbox | None = None
         self._lazy = False
         self._lazy_bytes = 0
         self._filled = False
@@ -141,6 +142,7 @@ class TargetEffects:
         where = self._parts.settings.runtime
         self._claim()
         box = await asyncio.to_thread(sandbox.create, self._move.workload, self._manifest.address, held=True)
+        self._found = box
         self._hold = await asyncio.to_thread(self._take_hold, box)
         made = await asyncio.to_thread(
             bundles.create,
@@ -417,7 +419,9 @@ class TargetEffects:
             future.set_result((good, reason))
 
     def _box(self) -> sandbox.Sandbox:
-        box = sandbox.find(self._move.workload)
+        if self._found is not None:
+            return self._found
+        box = self._found = sandbox.find(self._move.workload)  # takes milliseconds: once
         if box is None:
             raise GiveUp(f"pod {self._move.workload} has no network of ours")
         return box

@@ -23,6 +23,7 @@ SAMPLE_SECONDS = 0.001
 STOP_SECONDS = 5.0
 PF_EXITING = 0x4  # include/linux/sched.h; field 9 of /proc/PID/stat
 SIGKILL_BIT = 1 << 8
+CRIU_NAMES = frozenset({"criu", "freeze-at-resum"})  # of what restores; comm has 15 characters
 FREEZER_TRAP = frozenset({"do_freezer_trap", "get_signal"})  # the latter where the compiler has inlined the former
 IDLE_STATES = frozenset("tTZX")  # traced, stopped, zombie, dead: proc_pid_stat(5)
 
@@ -105,12 +106,16 @@ def _lines(file: str) -> list[str]:
 
 def _executes(thread: int) -> bool:
     try:
-        stat = Path(f"/proc/{thread}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        name, _, rest = Path(f"/proc/{thread}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
+        stat = rest.split()
         status = Path(f"/proc/{thread}/status").read_text(encoding="utf-8", errors="replace")
     except OSError:  # gone meanwhile
         return False
     pending = {line[:6]: int(line[7:], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))}
     dying = int(stat[6]) & PF_EXITING or any(bits & SIGKILL_BIT for bits in pending.values())
+    # CRIU restores inside the container's cgroup; a task that it makes has its name until it is the workload's again.
+    if name.partition("(")[2] in CRIU_NAMES:
+        return False
     return not dying and stat[0] not in IDLE_STATES and not (stat[0] == "S" and in_freezer(thread))
 
 
