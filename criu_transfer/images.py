@@ -36,6 +36,7 @@ VMA_GUARD = 1 << 16
 VMA_UPROBES = 1 << 17
 VMA_PLUGIN = 1 << 27
 
+FILLED = "spotguard-filled"  # appears beside the images when no page is missing any more: for an agent that restarts
 _MAGIC = struct.Struct("<II")
 _LENGTH = struct.Struct("<I")
 _COMMON = 0x54564319

@@ -47,7 +47,24 @@ def read_maps(pid: int) -> list[Vma]:
     """Read the mappings of a process in order of address.
 
     Raises ProcessLookupError or FileNotFoundError when it is gone; a zombie has none. Of a running process the answer
-    is a few snapshots of a page each, pieced together by the kernel.
+    is a few snapshots of a page each, pieced together by the kernel; the mappings are disjoint all the same.
     """
     # Names of files may have any bytes in them.
-    return parse_maps(Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="surrogateescape"))
+    vmas = parse_maps(Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="surrogateescape"))
+    return disjoint(vmas)
+
+
+def disjoint(vmas: list[Vma]) -> list[Vma]:
+    """Cut off what a mapping shares with the one before it.
+
+    The kernel pieces the file together from several looks: a mapping that grows between two of them is in it twice,
+    the second time with its new end.
+    """
+    found: list[Vma] = []
+    reached = 0
+    for vma in vmas:
+        start = max(vma.start, reached)
+        if start < vma.end:
+            found.append(vma if start == vma.start else vma._replace(start=start))
+            reached = vma.end
+    return found

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from criu_transfer import uffd
 from criu_transfer.errors import RestoreFailed
+from criu_transfer.images import FILLED
 from criu_transfer.keeper import Keeper, Notify
 from criu_transfer.ranges import RangeSet
 from criu_transfer.rewrite import PageSource
@@ -80,6 +81,7 @@ def serve(
             pager.accept(listener, deadline_for_connect)
         listener.close()
         pager.run()
+        (image_dir / FILLED).touch()  # by the pager itself: its keeper may be dead
 
     keeper = Keeper(lazy, cgroup=cgroup, notify=notify, main=main)
     # Each fork of the container is one more descriptor; short of them, the pager would have to give up.

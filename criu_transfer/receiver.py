@@ -20,13 +20,13 @@ from pathlib import Path
 from criu_transfer import pager, rewrite
 from criu_transfer.control import Control, ControlClosed
 from criu_transfer.errors import GiveUp, ProtocolError
+from criu_transfer.images import FILLED
 from criu_transfer.keeper import kill_cgroup
 from criu_transfer.messages import IMAGES, Fields, Mode
 from criu_transfer.session import Complete, Expected, Limits, MakeLazy, Range, Session, StoredMemory
 from criu_transfer.store import require_no_swap
 from criu_transfer.stream import Credentials, Listener
 
-FILLED = "spotguard-filled"  # appears beside the images when no page is missing any more: for an agent that restarts
 _CONFIGURATION_SECONDS = 10.0
 _RESTORE_SECONDS = 300.0  # for CRIU to ask for memory; the agent's own deadline is shorter
 _PR_SET_DUMPABLE = 4  # linux/prctl.h

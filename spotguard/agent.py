@@ -39,6 +39,7 @@ _LOG = structlog.get_logger()
 MEMORY_V1 = (Path("/run/cgroup1/memory"), Path("/sys/fs/cgroup/memory"))
 PARALLEL_MOVES = 1
 START_SECONDS = 60.0
+STORE_LOOK_SECONDS = 5.0  # between two looks at the owner store
 
 
 class _ImdsMetrics:
@@ -169,6 +170,7 @@ async def _start(
     tasks.create_task(poller.run(driver.heard), name="imds")
     tasks.create_task(observe(parts.log, metrics), name="observe")
     tasks.create_task(follow_routes(parts, health), name="routes")
+    tasks.create_task(watch_store(parts, health), name="owner store")
 
 
 def imds_endpoints(settings: AgentSettings) -> tuple[str, ...]:
@@ -199,7 +201,7 @@ class Health:
     """Whether this node can take part in a move; the watch on the owner store tells."""
 
     def __init__(self) -> None:
-        self._trouble = ""
+        self._trouble = "owner store: not heard yet"
 
     def not_ready(self) -> str:
         """Say why not, empty when it can."""
@@ -229,12 +231,23 @@ class _serve_http:  # noqa: N801 - used as a function
         await self._runner.cleanup()
 
 
+async def watch_store(parts: Parts, health: Health) -> None:
+    """Ask the owner store for a sign of life now and then: without it, no move could be decided."""
+    while True:
+        now = parts.clock.monotonic()
+        try:
+            await parts.store.warm(now + STORE_LOOK_SECONDS)
+            health.heard()
+        except HandlerError as error:
+            health.lost(error)
+        await parts.clock.sleep_until(now + STORE_LOOK_SECONDS)
+
+
 async def follow_routes(parts: Parts, health: Health) -> None:
     """Point this node's route of every moved pod to its owner; on the owner's node the target's machine does it."""
     here = parts.settings.node.name
 
     async def apply(record: OwnerRecord) -> None:
-        health.heard()
         try:
             box = await asyncio.to_thread(sandbox.find, record.workload)
         except Exception as error:  # noqa: BLE001 - whatever half a network makes of the look, it must not end the agent

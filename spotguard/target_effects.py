@@ -10,7 +10,7 @@ from typing import Any
 
 from criu_transfer import worker
 from criu_transfer.errors import DeadlinePassed, RestoreFailed, TransferError
-from criu_transfer.receiver import FILLED
+from criu_transfer.images import FILLED
 from criu_transfer.restore import restore, write_criu_settings
 from handlers import bundle as bundles
 from handlers.bundle import PodManifest
@@ -65,6 +65,7 @@ class TargetEffects:
         self._lazy_bytes = 0
         self._filled = False
         self._pager_failed = ""
+        self._orphaned = False  # the pager has lost its keeper, which told us how it fares
         self._news = asyncio.Event()  # of the pager
         self._worker = parts.worker_cgroup(move.migration, "target")
         loop = asyncio.get_running_loop()
@@ -219,13 +220,22 @@ class TargetEffects:
                 self._log("pager-died", carried_on=event.get("carried_on"))
                 if not event.get("carried_on"):
                     self._pager_lost("the pager died and its state was uncertain")
-            case "ended" if self._memory_is_whole():  # whether or not it could say so
-                self._filled = True
-                self._news.set()
             case "ended":
-                self._pager_lost(f"the receiver ended with {event.get('code')}")
+                self._receiver_ended(event.get("code"))
             case _:
                 return
+
+    def _receiver_ended(self, code: object) -> None:
+        """React to the end of the receiver, which may be the keeper of a pager by now."""
+        if self._memory_is_whole():  # whether or not it could say so
+            self._filled = True
+            self._news.set()
+        elif self._pager_lives():
+            self._log("note", text=f"the keeper ended with {code}; the pager goes on without it")
+            self._orphaned = True
+            self._news.set()
+        else:
+            self._pager_lost(f"the receiver ended with {code}")
 
     def _pager_lost(self, reason: str) -> None:
         """Kill the container at once: what it reads from now on could be zeros that never were."""
@@ -343,9 +353,9 @@ class TargetEffects:
                 await self._news.wait()
             if self._pager_failed:
                 raise GiveUp(self._pager_failed)
-            if not self._filled:
+            if not (self._filled or self._orphaned):
                 raise TimeoutError("the wait for the fill was broken off")
-        else:  # the receiver is an earlier agent's child
+        if self._receiver is None or self._orphaned:  # nobody will tell us: the pager's end and what it leaves do
             await asyncio.to_thread(self._wait_for_orphan, command.deadline)
             if not self._memory_is_whole():
                 self._pager_lost("the pager has ended before all memory was there")

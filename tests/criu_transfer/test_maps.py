@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from criu_transfer.maps import Vma, parse_maps, read_maps
+from criu_transfer.maps import Vma, disjoint, parse_maps, read_maps
 
 SAMPLE = """\
 55d0c1000000-55d0c1002000 r--p 00001000 fe:01 1234                       /usr/bin/two words (deleted)
@@ -52,3 +52,18 @@ def test_of_a_process_that_is_gone() -> None:
     child.wait()
     with pytest.raises(FileNotFoundError):
         read_maps(child.pid)
+
+
+def test_a_mapping_that_grew_between_two_looks_is_there_once() -> None:
+    """As the kernel lists a process that maps memory while the file is read."""
+    text = (
+        "1000-3000 rw-p 00000000 00:00 0 \n"
+        "1000-5000 rw-p 00000000 00:00 0 \n"
+        "4000-5000 rw-p 00000000 00:00 0 \n"
+        "5000-6000 r--p 00000000 00:00 0 \n"
+    )
+    assert [(vma.start, vma.end, vma.perms) for vma in disjoint(parse_maps(text))] == [
+        (0x1000, 0x3000, "rw-p"),
+        (0x3000, 0x5000, "rw-p"),
+        (0x5000, 0x6000, "r--p"),
+    ]
