@@ -1,6 +1,11 @@
 """Whole drills: two nodes, real agents, runc and CRIU, real workloads, an interruption."""
 
+import os
+import signal
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -90,3 +95,36 @@ async def test_the_target_agent_may_die(tmp_path: Path, phase: str) -> None:
     check_kept(result)
     assert outcomes(result, "source")[-1] in MOVED
     assert outcomes(result, "target")[-1] == "resumed"
+
+
+def receivers() -> dict[int, int]:
+    """Give the pids of receivers, keepers and pagers, each with its parent's."""
+    found = {}
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            if b"criu_transfer.receiver" in (directory / "cmdline").read_bytes():
+                fields = (directory / "stat").read_text().rpartition(")")[2].split()
+                found[int(directory.name)] = int(fields[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+@pytest.mark.parametrize("victim", ["keeper", "pager"])
+async def test_the_keeper_or_the_pager_may_die_while_memory_is_filled(tmp_path: Path, victim: str) -> None:
+    killed: list[int] = []
+
+    def kill(what: str, fields: Mapping[str, Any]) -> None:
+        thawed = what == "agent" and fields.get("event") == "freeze-step" and fields.get("step") == "thaw"
+        if not thawed or killed:
+            return
+        alive = receivers()
+        killed.extend(pid for pid, parent in alive.items() if (parent in alive) == (victim == "pager"))
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+
+    options = RunOptions((replace(REDIS, size_mib=256),), time_left_s=60.0, warm_seconds=0.5)
+    result = await Run(options, tmp_path / "run", kill).execute()
+    assert killed, "it was still there: the fill had not ended"
+    check_kept(result)
+    assert outcomes(result, "target") == ["resumed"]
