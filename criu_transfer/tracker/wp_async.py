@@ -18,6 +18,7 @@ import os
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Self
 
 from criu_transfer import kernel, uffd
@@ -123,7 +124,7 @@ class ProcessTracker:
                     written += self._scan_piece(handles, vma, start, end)
         except OSError as error:
             raise TrackerUnavailable(f"memory of process {handles.pid} cannot be scanned: {error}") from error
-        return written
+        return in_order(written)
 
     def pending(self) -> int:
         """Count the bytes that the next scan would return as of now, of mappings that are known; protects nothing.
@@ -223,6 +224,17 @@ class ProcessTracker:
             )
             ranges.extend(zip(vector[0 : 3 * found : 3], vector[1 : 3 * found : 3], strict=True))
         return ranges
+
+
+def in_order(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Return the ranges sorted and disjoint, as they nearly always are.
+
+    A process that changes its mappings while it is scanned (a JVM that grows its heap was seen to) may have the same
+    pages reported twice: they are written all the same.
+    """
+    if all(here[1] <= there[0] for here, there in pairwise(ranges)):
+        return ranges
+    return list(RangeSet(ranges))
 
 
 def _take(group: inject.StoppedGroup, pidfd: int) -> tuple[int, int]:

@@ -530,3 +530,10 @@ def test_guard_pages_are_no_content(spawn: Spawn, tracker: ProcessTracker) -> No
     attach(tracker, child.process)
     known = bool(tracker._excluded & kernel.PAGE_IS_GUARD)
     assert pages(tracker.scan(), start, 8 * PAGE) == (set(range(2, 8)) if known else set(range(8)))
+
+
+def test_pages_that_are_reported_twice_are_given_once_and_in_order() -> None:
+    plain = [(0x1000, 0x3000), (0x3000, 0x4000), (0x8000, 0x9000)]
+    assert wp_async.in_order(plain) is plain
+    assert wp_async.in_order([(0x1000, 0x3000), (0x2000, 0x5000)]) == [(0x1000, 0x5000)]
+    assert wp_async.in_order([(0x8000, 0x9000), (0x1000, 0x2000)]) == [(0x1000, 0x2000), (0x8000, 0x9000)]
