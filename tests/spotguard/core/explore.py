@@ -5,7 +5,8 @@ from dataclasses import dataclass, field, replace
 
 from spotguard.core.source import SourceState
 from spotguard.core.target import TargetState
-from tests.spotguard.core.world import Model, World, broken_rules, wrong_end
+from tests.spotguard.core.invariants import broken_rules, wrong_end
+from tests.spotguard.core.world import Model, World
 
 LONGEST_END = 150  # steps of an undisturbed execution; a longer one is taken to go round in circles
 

@@ -12,7 +12,8 @@ from spotguard.core import commands as c
 from spotguard.core import source, target
 from spotguard.core.state import Mode, SourcePhase, TargetPhase
 from tests.spotguard.core.explore import Explored, ends_badly, explore
-from tests.spotguard.core.world import Machines, Model, broken_rules
+from tests.spotguard.core.invariants import broken_rules
+from tests.spotguard.core.world import Machines, Model
 
 S, T = SourcePhase, TargetPhase
 
