@@ -5,7 +5,8 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from tempfile import NamedTemporaryFile
+from typing import IO, Literal
 
 from handlers.errors import GiveUp
 
@@ -49,33 +50,32 @@ class Runc:
         await self._call("delete", "--force", name, deadline=deadline)
 
     async def _call(self, *arguments: str, deadline: float) -> str:
+        # Each call has a log of its own, for calls run side by side.
+        self.root.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(prefix=f"{self.root.name}-log-", dir=self.root.parent) as log:
+            return await self._run("--log", log.name, "--log-format", "json", *arguments, log=log, deadline=deadline)
+
+    async def _run(self, *arguments: str, log: IO[bytes], deadline: float) -> str:
         # A detached container keeps the descriptors that runc had: output goes to a pipe only where none is started.
-        starts = arguments[0] == "run"
-        sink = asyncio.subprocess.DEVNULL if starts else asyncio.subprocess.PIPE
-        log = Path(f"{self.root}-last-error.json")
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
+        starts = arguments[4] == "run"
         process = await asyncio.create_subprocess_exec(
             "runc",
             "--root",
             str(self.root),
-            "--log",
-            str(log),
-            "--log-format",
-            "json",
             *arguments,
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=sink,
+            stdout=asyncio.subprocess.DEVNULL if starts else asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
         )
+        what = arguments[4]
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 output, _ = await process.communicate()
         except TimeoutError as late:
             process.kill()
             await process.wait()
-            raise GiveUp(f"runc {arguments[0]} did not end before its deadline") from late
+            raise GiveUp(f"runc {what} did not end before its deadline") from late
         if process.returncode:
-            words = log.read_text(errors="replace").strip().splitlines()[-1:] if log.exists() else []
-            raise GiveUp(f"runc {arguments[0]} failed ({process.returncode}): {' '.join(words)}")
+            words = log.read().decode(errors="replace").strip().splitlines()[-1:]
+            raise GiveUp(f"runc {what} failed ({process.returncode}): {' '.join(words)}")
         return (output or b"").decode(errors="replace")

@@ -38,12 +38,12 @@ class EventLog:
         """Give the entries that are still held, oldest first."""
         return list(self._kept)
 
-    async def follow(self) -> AsyncIterator[dict[str, Any]]:
-        """Yield the kept entries, then each new one; ends when the reader is too slow."""
+    async def follow(self, *, past: bool = True) -> AsyncIterator[dict[str, Any]]:
+        """Yield the kept entries (unless `past` is False), then each new one; ends when the reader is too slow."""
         queue: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         self._readers.add(queue)
         try:
-            for entry in self.kept():
+            for entry in self.kept() if past else ():
                 yield entry
             while (entry_or_end := await queue.get()) is not None:
                 yield entry_or_end

@@ -37,12 +37,16 @@ NOTICE_SECONDS = 120.0  # what AWS gives before it terminates or stops a Spot in
 
 
 async def observe(log: EventLog, metrics: Metrics) -> None:
-    """Follow the log for ever."""
+    """Follow the log for ever. Should it be too slow once, what it missed is missing, and it goes on."""
     observer = Observer(metrics)
-    async for entry in log.follow():
-        fields = {key: value for key, value in entry.items() if key not in {"event", "t"}}
-        _LOG.info(entry["event"], **fields)
-        observer.count(entry)
+    past = True
+    while True:
+        async for entry in log.follow(past=past):
+            fields = {key: value for key, value in entry.items() if key not in {"event", "t"}}
+            _LOG.info(entry["event"], **fields)
+            observer.count(entry)
+        past = False
+        _LOG.warning("the event log was read too slowly: some of it is in no log line and no metric")
 
 
 class Observer:

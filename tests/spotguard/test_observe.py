@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import structlog
 
+from spotguard import events_log
 from spotguard.clock import FakeClock
 from spotguard.core import commands
 from spotguard.core.state import Outcome
@@ -62,6 +63,24 @@ async def test_what_is_counted() -> None:
     assert value(metrics, "copied_bytes_total", what="files") == 8
     assert value(metrics, "frames_held_total") == 3
     assert value(metrics, "frames_dropped_total", reason="hold") == 2
+
+
+async def test_an_observer_that_was_too_slow_goes_on_with_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(events_log, "QUEUE", 2)
+    log, metrics = EventLog(FakeClock()), Metrics("1")
+    observing = asyncio.create_task(observe(log, metrics))
+    for _ in range(3):
+        await asyncio.sleep(0)
+    for _ in range(5):  # nobody reads meanwhile: three too many
+        log.add("round", bytes=1, number=0)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    log.add("round", bytes=100, number=1)
+    for _ in range(10):
+        await asyncio.sleep(0)
+    observing.cancel()
+    await asyncio.gather(observing, return_exceptions=True)
+    assert value(metrics, "copied_bytes_total", what="memory") == 102, "two before it was cut off, and the one after"
 
 
 @pytest.mark.parametrize(
