@@ -305,12 +305,13 @@ class SourceEffects:
             tracked = conntrack.entries(self._manifest.address)
         except OSError as error:
             self._tell(f"connection tracking cannot be read: {error}")
-            return {CONNTRACK_FILE: b"[]"}
+            return {}
         ending = conntrack.unkeepable(tracked, [self._parts.settings.node.address])
         if ending:
             self._tell(f"{len(ending)} connections stand on this node's own address and end with the move")
-        kept = conntrack.to_json(entry for entry in tracked if entry not in ending)
-        return {CONNTRACK_FILE: json.dumps(kept).encode()}
+        kept = [entry for entry in tracked if entry not in ending]
+        both = {"keep": conntrack.to_json(kept), "end": conntrack.to_json(ending)}
+        return {CONNTRACK_FILE: json.dumps(both).encode()}
 
     def _tell(self, text: str) -> None:
         """Log a note from any thread."""

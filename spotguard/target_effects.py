@@ -16,7 +16,7 @@ from handlers import bundle as bundles
 from handlers.bundle import PodManifest
 from handlers.cgroup import Cgroup
 from handlers.errors import GiveUp, HandlerError
-from handlers.network import conntrack, frames, routes, sandbox
+from handlers.network import closing, conntrack, frames, routes, sandbox
 from handlers.network.hold import Hold
 from spotguard.core import commands as c
 from spotguard.core.events import Event, FailureKind, PagerDied, StateComplete, StreamLost
@@ -317,9 +317,8 @@ class TargetEffects:
     async def _release(self) -> None:
         hold = self._hold if self._hold is not None else Hold.prepare(self._box())
         self._hold = hold
-        refused = await asyncio.to_thread(self._recreate_tracking)
-        if refused:
-            self._log("note", text=f"connection tracking: {refused} entries refused (-1: the list was unreadable)")
+        for text in await asyncio.to_thread(self._take_over_connections):
+            self._log("connections", text=text)
         held, self._frames = self._frames, []
         try:
             done = await asyncio.to_thread(hold.release, *frames.by_direction(held, self._manifest.address))
@@ -330,18 +329,28 @@ class TargetEffects:
         late, self._frames = self._frames, []
         self._play_late(late)
 
-    def _recreate_tracking(self) -> int:
-        """Make the node know the connections that it translates for the pod, before their next packet passes.
+    def _take_over_connections(self) -> list[str]:
+        """Make the node know the connections that it translates for the pod, before their next packet passes, and
+        close those that stood on the old node's address. Returns what is worth telling.
 
-        Returns how many the kernel refused.
+        Nothing here may fail the release: without it the workload loses some connections, frozen for ever it loses all.
         """
         path = self._work_dir / "images" / CONNTRACK_FILE
         if not path.exists():
-            return 0
+            return []
         try:
-            return len(conntrack.recreate(conntrack.from_json(json.loads(path.read_bytes()))))
-        except (HandlerError, OSError, ValueError):
-            return -1  # the workload is ours: without them it loses some connections, frozen for ever it loses all
+            found = json.loads(path.read_bytes())
+            refused = conntrack.recreate(conntrack.from_json(found["keep"]))
+            ending = conntrack.from_json(found["end"])
+            seen = [conntrack.as_the_pod_sees(entry, self._manifest.address) for entry in ending]
+            closed = closing.close(self._box().netns, seen)
+        except (HandlerError, OSError, ValueError, KeyError, TypeError) as error:
+            return [f"connection tracking could not be taken over: {error}"]
+        told = [f"{len(refused)} tracked connections were refused by the kernel"] if refused else []
+        return told + [
+            f"the connection with {ends.destination} port {ends.destination_port} stood on the old node, and is closed"
+            for ends in closed
+        ]
 
     def _play_late(self, taken: list[bytes]) -> None:
         if self._hold is not None:

@@ -60,6 +60,12 @@ class Entry:
     state: int | None = None
 
 
+def as_the_pod_sees(entry: Entry, address: str) -> Tuple:
+    """Return a connection with the pod's own end as source: what its socket says."""
+    pod = ipaddress.ip_address(address)
+    return entry.original if entry.original.source == pod else entry.reply
+
+
 def to_json(tracked: Iterable[Entry]) -> list[dict[str, Any]]:
     """Give entries as JSON types, to send them to another node."""
     return [

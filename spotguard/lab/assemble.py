@@ -44,6 +44,12 @@ def notice(result: RunResult) -> Notice:
     return Notice("spot", result.options.action, result.options.time_left_s, detected)
 
 
+def notes(result: RunResult) -> tuple[str, ...]:
+    """Tell what else a reader should know: connections that could not be kept, and what was left over."""
+    ended = [f"{e['workload']}: {e['text']}" for e in result.entries if e["event"] == "connections"]
+    return (*ended, *(f"left over on {line}" for line in result.leftovers))
+
+
 def tracker_of(result: RunResult) -> str:
     """Give the source agent's word about tracking: wp-async, or why not."""
     return next((str(e["tracker"]) for e in result.entries if e["event"] == "ready"), "no agent was ready")

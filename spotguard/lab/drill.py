@@ -176,7 +176,7 @@ async def _told(options: RunOptions, output: Path, started: str, teller: Teller,
         started=started,
         machine=assemble.machine(assemble.tracker_of(result)),
         notice=assemble.notice(result),
-        notes=tuple(f"left over on {line}" for line in result.leftovers),
+        notes=assemble.notes(result),
         workloads=tuple(assemble.workload(result, pod.name, compared) for pod in options.pods),
     )
 

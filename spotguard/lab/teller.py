@@ -87,7 +87,7 @@ class Teller:
                 self._story.say(f"{name}: {fields['outcome']}{reason}")
             case {"event": "restarted"}:
                 self._story.say(f"{node} goes on with {fields['side']} phase {fields['phase']}")
-            case {"event": "note"}:
+            case {"event": "note" | "connections"}:
                 self._story.say(f"{node} {name}: {fields['text']}")
             case _:
                 return
