@@ -16,6 +16,7 @@ from spotguard.settings import AgentSettings
 
 CONNTRACK_FILE = "spotguard-conntrack.json"  # travels beside CRIU's images
 IMAGE_BYTES = 64 << 20  # CRIU's images of a live move beside the pages, without shared memory
+GROWTH_BYTES = 256 << 20
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 
@@ -34,6 +35,17 @@ class TransferLimits:
     def ram(self) -> int:
         """What the target must have for it at most, beside the files."""
         return max(self.max_memory, self.max_images) + IMAGE_BYTES
+
+
+def announced(memory: int, most: int, image_bytes: int) -> TransferLimits:
+    """Return what a source announces for a workload that has `memory` bytes now; `most`: transfer.store_memory_max.
+
+    It may grow, forked children have pages of their own on the target, and the tracker may fail at any time: then all
+    memory is in the images. One that has more than `most` already says so, and is refused before anything is copied.
+    """
+    grown = memory + memory // 2 + GROWTH_BYTES
+    cap = max(most, memory)
+    return TransferLimits(max_memory=min(grown, cap), max_images=min(grown + image_bytes, cap), max_files=most)
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from spotguard.core.events import Checked, Event, FailureKind, RoundCopied, Targ
 from spotguard.core.state import Mode, Move
 from spotguard.frame_forwarder import FrameForwarder
 from spotguard.ownership_effects import Ownership
-from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits
+from spotguard.parts import CONNTRACK_FILE, Parts, TransferLimits, announced
 
 DRAIN_SECONDS = 0.004  # what the application gets to take in what its kernel has acknowledged
 DRAIN_TRIES = 8
@@ -38,7 +38,6 @@ LAST_FRAMES_SECONDS = 0.2
 DOUBLE_RUN_SECONDS = 0.3
 # Deleted files that are still open travel in the images: PostgreSQL keeps write-ahead logs of 16 MiB like that.
 DUMP_SETTINGS = f"network-lock skip\nghost-limit {64 << 20}\n"
-GROWTH_BYTES = 256 << 20
 
 
 class NotDrained(GiveUp):
@@ -170,14 +169,7 @@ class SourceEffects:
 
     def _limits(self) -> TransferLimits:
         transfer = self._parts.settings.transfer
-        # The workload may grow, and forked children have pages of their own on the target.
-        memory = self._left + self._left // 2 + GROWTH_BYTES
-        return TransferLimits(
-            max_memory=min(memory, transfer.store_memory_max),
-            # The tracker may fail at any time: then all memory is in the images.
-            max_images=min(memory + transfer.max_image_bytes, transfer.store_memory_max),
-            max_files=transfer.store_memory_max,
-        )
+        return announced(self._left, transfer.store_memory_max, transfer.max_image_bytes)
 
     def _open_stream(self, host: str, port: int, limits: TransferLimits, deadline: float) -> None:
         self._stream = stream.connect(host, port, self._parts.credentials, self._move.target, deadline)
